@@ -1,0 +1,69 @@
+"""AttentionBackend: how a backend stores keys and values, plans a step and computes attention.
+
+A backend knows nothing of requests, schedulers or models: only token counts, block tables and tensors. To add one,
+read docs/extending/attention-backend.md; ``attention/torch_sdpa.py`` is the smallest complete one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor, dtype
+
+from octavo.batch import AttentionMetadata, StepShape
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What the layers of one KV group ask of a backend."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: dtype
+    """Of q, k, v and out."""
+    kv_dtype: dtype
+    """Of the cache."""
+    scale: float
+    """Multiplies q·k."""
+    sliding_window: int | None = None
+    """Tokens that a query sees, itself included."""
+    logit_softcap: float | None = None
+
+
+class AttentionBackend(Protocol):
+    """One instance per KV group, made with its AttentionSpec and device type."""
+
+    name: ClassVar[str]
+
+    def __init__(self, spec: AttentionSpec) -> None: ...
+
+    @classmethod
+    def unsupported(cls, spec: AttentionSpec, device_type: str) -> str | None:
+        """Why this backend cannot serve ``spec``, in words fit for the log; None when it can."""
+        ...
+
+    def kv_shape(self, num_blocks: int) -> tuple[int, ...]:
+        """Shape of one layer's cache tensor, of ``spec.kv_dtype``."""
+        ...
+
+    def plan(
+        self, step: StepShape, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, slot_mapping: Tensor
+    ) -> AttentionMetadata:
+        """Prepare what all layers of the group share. Once per step."""
+        ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+        """Write k and v at ``meta.slot_mapping``, then attend causally over the paged history. Once per layer.
+
+        Args:
+            q: ``[T, H, D]``.
+            k: ``[T, G, D]``, rotary embedding applied.
+            v: ``[T, G, D]``.
+            cache: ``kv_shape()``; written.
+            meta: What ``plan()`` returned.
+            out: ``[T, H, D]``; written.
+        """
+        ...

@@ -1,0 +1,80 @@
+"""What a model is, as its ``config.json`` (or a GGUF header put into the same words) says it. Knows no torch.
+
+Family-specific fields stay in ``hf``; the fields here are those that more than one part of the engine reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from octavo.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding. ``scaling`` is Hugging Face's ``rope_scaling`` with ``rope_type`` normalised
+    (``default``, ``linear``, ``dynamic``, ``llama3``, ``yarn``, ``longrope``); empty means plain."""
+
+    theta: float = 10000.0
+    scaling: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    partial_rotary_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Dimensions and token ids of a decoder."""
+
+    architecture: str
+    """Hugging Face class name, such as ``LlamaForCausalLM``; the key of the model registry."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    layer_windows: tuple[int | None, ...] = ()
+    """[num_layers] attention window of each layer, None = full; empty means all full."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    """From config.json and generation_config.json together."""
+    dtype: str = "float32"
+    """The checkpoint's: float32, float16 or bfloat16."""
+    quantization: Mapping[str, Any] | None = None
+    """``quantization_config`` of the checkpoint."""
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Sampling defaults of generation_config.json (temperature, top_p, ...), SamplingParams' names."""
+    hf: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The whole config.json."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+            "max_position_embeddings",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+                raise ConfigError(f"model config: {name} is {value!r}, but must be an integer in [1, 2^31)", param=name)
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model config: num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_kv_heads})",
+                param="num_kv_heads",
+            )
+        if self.layer_windows and len(self.layer_windows) != self.num_layers:
+            raise ConfigError("model config: layer_windows must have one entry per layer", param="layer_windows")
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """[num_layers] attention windows."""
+        return self.layer_windows or (None,) * self.num_layers

@@ -1,0 +1,63 @@
+"""Worker and Executor: what computes a step, and what carries the plan there. The seam for the fake worker too."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from octavo.kv_spec import KVCacheSpec
+from octavo.messages import ModelRunnerOutput, SchedulerOutput
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """What a worker found after loading: the ledger from which the KV cache is sized. Bytes."""
+
+    kv_spec: KVCacheSpec
+    weights_bytes: int
+    activation_bytes: int
+    """Upper bound for the largest step."""
+    available_kv_bytes: int
+    """What may become KV cache, after ceiling, weights, activations and reserve."""
+    attention_backend: str
+    attention_reason: str
+    load_seconds: float
+
+
+class Worker(Protocol):
+    """One device."""
+
+    def load(self) -> MemoryReport: ...
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the KV cache. Block 0 is the null block: never read for its content, never written."""
+        ...
+
+    def warm_up(self) -> None: ...
+
+    def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]:
+        """Queue a step. Steps run strictly in the order of these calls."""
+        ...
+
+    def sample(self, step_id: int, mask: bytes | None) -> None:
+        """Complete a step whose plan said ``defer_sampling``."""
+        ...
+
+
+class Executor(Protocol):
+    """The same verbs over one or many workers."""
+
+    def start(self) -> MemoryReport:
+        """Load everywhere; the smallest report of all workers."""
+        ...
+
+    def allocate(self, num_blocks: int) -> None: ...
+
+    def warm_up(self) -> None: ...
+
+    def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]: ...
+
+    def sample(self, step_id: int, mask: bytes | None) -> None: ...
+
+    def shutdown(self) -> None: ...

@@ -1,0 +1,276 @@
+"""Every struct that crosses from one process or half of the engine to another.
+
+Plain data, msgspec-encodable, no torch and no behaviour. Fields are the contract: add one only with its writer and
+its reader named. Columnar where it travels every step: parallel lists encode in microseconds where lists of objects
+take hundreds (see docs/architecture.md section 5).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import msgspec
+
+from octavo.sampling_params import RepetitionDetection
+
+
+class FinishReason(enum.Enum):
+    """Why a request ended; the values are what users see."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+    REPETITION = "repetition"
+
+
+class ResolvedSampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """``SamplingParams`` after the frontend has resolved it against model and tokenizer: integers and floats only.
+
+    Written by ``frontend/input_processor.py``; read by the scheduler (lengths, stops) and by the sampler.
+    """
+
+    max_tokens: int
+    """Always a number: the caller's, cut to the end of the context."""
+    seed: int
+    """63 bits. The caller's, or drawn by the frontend. A draw depends on (seed, output position) only."""
+    temperature: float = 1.0
+    """0.0 means greedy."""
+    top_k: int = 0
+    """0 means all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    eos_token_ids: list[int] = []
+    """End the request without a stop_reason; empty under ``ignore_eos``."""
+    stop_token_ids: list[int] = []
+    """End the request with the id as stop_reason."""
+    logprobs: int | None = None
+    """Top-N per output token; -1 for the whole vocabulary."""
+    prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] = []
+    """Further ids whose logprob is reported with each output token."""
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] = []
+    """Empty means all."""
+    bad_words_token_ids: list[list[int]] = []
+    thinking_token_budget: int | None = None
+    think_start_token_id: int = -1
+    think_end_token_id: int = -1
+    """Forced once the budget is spent; only meaningful with a budget."""
+    repetition_detection: RepetitionDetection | None = None
+    extra_args: dict[str, Any] | None = None
+    skip_reading_prefix_cache: bool = False
+
+
+class Logprobs(msgspec.Struct, array_like=True, gc=False):
+    """Log-probabilities of P consecutive positions, columnar.
+
+    ``token_ids[p][0]`` is the token that stands there (sampled or prompt); then the top-N in falling order, then the
+    ids asked for by name. A token may appear twice; readers build a dict.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    ranks: list[int]
+    """[P] rank of the token that stands there, 1 = most likely."""
+
+
+class RequestTimings(msgspec.Struct, array_like=True, gc=False):
+    """When what happened to a request in the core, ``time.monotonic()`` seconds of the core's host."""
+
+    queued_s: float
+    scheduled_s: float = 0.0
+    """First time it was in a plan."""
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    num_preemptions: int = 0
+
+
+# ---------------------------------------------------------------------------------------------- frontend -> core
+
+
+class EngineCoreRequest(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="request"):
+    """One sequence to generate. ``n > 1`` arrives as n of these."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: ResolvedSampling
+    arrival_time_s: float
+    """``time.time()`` in the frontend."""
+    tenant: str = "default"
+    priority: int = 0
+    """Lower runs first."""
+    lora_name: str | None = None
+    cache_salt: str | None = None
+    """Separates prefix caches of tenants."""
+    client_index: int = 0
+    """Which frontend gets the answer."""
+
+
+class AbortRequests(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="abort"):
+    """Forget these requests; unknown ids are ignored (they may just have finished). Each known one is answered with
+    a last output of ``FinishReason.ABORT``."""
+
+    request_ids: list[str]
+
+
+class CoreCall(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="call"):
+    """Administration: run ``method`` on the core between two steps and answer with a CoreResult."""
+
+    call_id: int
+    method: str
+    args: list[Any] = []
+    client_index: int = 0
+
+
+CoreInput = EngineCoreRequest | AbortRequests | CoreCall
+
+# ---------------------------------------------------------------------------------------------- core -> frontend
+
+
+class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    """What one step added to one request."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    """The stop token id; stop strings are the frontend's."""
+    logprobs: Logprobs | None = None
+    """One position per new token."""
+    prompt_logprobs: Logprobs | None = None
+    """The next positions of the prompt, in order, each position exactly once; the first describes prompt token 1."""
+    num_cached_tokens: int = 0
+    timings: RequestTimings | None = None
+    """With the last output only."""
+    error: str | None = None
+    """With FinishReason.ERROR: what went wrong, fit for the user."""
+
+
+class EngineSnapshot(msgspec.Struct, array_like=True, gc=False):
+    """The one source of numbers shown to people; published at most four times a second while work is done.
+
+    Counters only grow; rates are differences of two snapshots.
+    """
+
+    time_s: float
+    """``time.monotonic()`` of the core."""
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    """Includes cached blocks that nobody holds."""
+    num_cached_blocks: int = 0
+    """Blocks findable by hash, held or not."""
+    prompt_tokens: int = 0
+    """Prompt tokens of finished prefills, cached ones included."""
+    cached_prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    """Tokens looked up in the prefix cache,"""
+    prefix_hits: int = 0
+    """and found."""
+    num_preemptions: int = 0
+    num_steps: int = 0
+    forward_ms: float = 0.0
+    """Sum over steps of the time that the device worked."""
+    finished: dict[str, int] = {}
+    """Finish reason to count."""
+    tenant_tokens: dict[str, int] = {}
+    """Tenant to tokens served, prompt and output."""
+
+
+class EngineCoreOutputs(msgspec.Struct, array_like=True, gc=False, tag="outputs"):
+    """All outputs of one step for one frontend."""
+
+    outputs: list[EngineCoreOutput]
+    snapshot: EngineSnapshot | None = None
+
+
+class CoreResult(msgspec.Struct, array_like=True, gc=False, tag="result"):
+    """Answer to a CoreCall: a value, or an error's text and class name."""
+
+    call_id: int
+    value: Any = None
+    error: str | None = None
+
+
+class CoreDead(msgspec.Struct, array_like=True, gc=False, tag="dead"):
+    """The core ends because of this; the last message on the socket."""
+
+    error: str
+
+
+# ---------------------------------------------------------------------------------------------- core -> workers
+
+
+class NewRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A request takes place ``row`` in the workers."""
+
+    row: int
+    token_ids: list[int]
+    """All known tokens: the prompt plus outputs kept across a preemption."""
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    """Prefix hits: the first token to run is this one."""
+    sampling: ResolvedSampling
+    block_ids: list[list[int]]
+    """Per KV group. A dropped (out-of-window) block is 0, the null block."""
+    lora_slot: int = -1
+
+
+class BlockCopy(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Copy one whole block, all layers of its group, before the forward pass. Not issued yet: the host tier will."""
+
+    src_block_id: int
+    dst_block_id: int
+
+
+class SchedulerOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The plan of one step. B = requests in the step."""
+
+    step_id: int
+    removed_rows: list[int]
+    """Finished, aborted or preempted since the last plan: all the same to a worker. Applied before ``new_rows``."""
+    new_rows: list[NewRow]
+    rows: list[int]
+    """[B] rows that run, in batch order."""
+    num_scheduled_tokens: list[int]
+    """[B] 1 = decode, more = prefill chunk (or drafts)."""
+    num_draft_tokens: list[int] = []
+    """[B], or empty when nothing is drafted."""
+    block_rows: list[int] = []
+    """Blocks added to rows that were there before: row,"""
+    block_groups: list[int] = []
+    """KV group,"""
+    block_ids: list[int] = []
+    """block id; appended to that row's table in this order."""
+    copies: list[BlockCopy] = []
+    defer_sampling: bool = False
+    """A grammar mask will follow."""
+
+
+# ---------------------------------------------------------------------------------------------- workers -> core
+
+
+class ModelRunnerOutput(msgspec.Struct, array_like=True, gc=False):
+    """The result of one step, in the batch order of its plan."""
+
+    step_id: int
+    token_ids: list[list[int]]
+    """[B] sampled tokens; empty for a prefill chunk that did not reach the last known token."""
+    logprobs: list[Logprobs | None] = []
+    """[B], or empty when nobody asked; one position per sampled token."""
+    prompt_logprobs: list[Logprobs | None] = []
+    """[B], or empty when nobody asked; position i of the chunk describes prompt token ``start + 1 + i`` where
+    ``start`` is the chunk's first position; only positions within the prompt."""
+    errors: dict[int, str] = {}
+    """Batch index to what went wrong for that request alone (a logits processor that raised, NaN logits)."""
+    finished_copies: list[int] = []
+    forward_ms: float = 0.0
+    """Device time, for metrics."""

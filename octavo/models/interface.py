@@ -1,0 +1,51 @@
+"""CausalLM and its WeightMap: the answer to "how do I add a model?". See docs/extending/model.md.
+
+A model file holds mathematics only: it builds ``layers.*`` and calls them. It knows nothing of parallelism, kernels,
+quantisation formats or attention backends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from octavo.batch import ForwardBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A checkpoint tensor that becomes part of a fused parameter: ``q_proj`` is shard ``q`` of ``qkv_proj``."""
+
+    source: str
+    """Part of the checkpoint name, between dots: ``q_proj``."""
+    target: str
+    """What stands in its place in the parameter's name: ``qkv_proj``."""
+    shard: str
+    """Which part of the fused layer: q, k, v, gate or up."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightMap:
+    """Checkpoint names to parameter names, as data. Applied by ``loader/mapping.py``."""
+
+    prefixes: tuple[tuple[str, str], ...] = ()
+    """Rename a leading part: first match wins."""
+    shards: tuple[Shard, ...] = ()
+    ignored: tuple[str, ...] = ()
+    """Checkpoint names that contain one of these are skipped knowingly (``rotary_emb.inv_freq``)."""
+
+
+class CausalLM(Protocol):
+    """A language model. Constructed as ``Model(config: ModelConfig, context: LayerContext)`` with empty weights."""
+
+    weight_map: ClassVar[WeightMap]
+
+    def forward(self, batch: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
+        """Hidden states ``[T, E]`` after the final norm. ``hidden`` is the previous pipeline stage's output."""
+        ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """``[L, E] -> [L, V]``, in the dtype of the model."""
+        ...
