@@ -8,8 +8,9 @@ Names, defaults and rules are those that users of vLLM know.
 from __future__ import annotations
 
 import enum
+import logging
 import math
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -22,6 +23,8 @@ MIN_TEMPERATURE = 0.01
 MAX_N = 16384
 MAX_LOGPROB_TOKEN_IDS = 128
 INT64_MAX = 2**63 - 1
+
+logger = logging.getLogger(__name__)
 
 
 class RequestOutputKind(enum.Enum):
@@ -104,29 +107,36 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     def __post_init__(self) -> None:
-        self._normalise()
+        self._respell()
         self._check_numbers()
-        self._check_lists()
+        self._check_ids()
+        self._check_text()
+        self._settle_temperature()
 
-    def _normalise(self) -> None:
-        """Rewrite the few values that have two spellings. The struct is frozen for everybody else."""
+    def _respell(self) -> None:
+        """Rewrite the values that have two spellings. The struct is frozen for everybody else."""
         force = msgspec.structs.force_setattr
         for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is True:
-                force(self, name, 1)
-            elif getattr(self, name) is False:
-                force(self, name, None)
+            value = getattr(self, name)
+            if isinstance(value, bool):
+                force(self, name, 1 if value else None)
         if self.seed == -1:
             force(self, "seed", None)
         if self.top_k == -1:
             force(self, "top_k", 0)
-        if _is_number(self.temperature):
-            if self.is_greedy and self.temperature >= 0:
-                force(self, "top_p", 1.0) if _is_number(self.top_p) and 0 < self.top_p <= 1 else None
-                force(self, "top_k", 0) if _is_int(self.top_k) and self.top_k >= 0 else None
-                force(self, "min_p", 0.0) if _is_number(self.min_p) and 0 <= self.min_p <= 1 else None
-            elif SAMPLING_EPS <= self.temperature < MIN_TEMPERATURE:
-                force(self, "temperature", MIN_TEMPERATURE)
+
+    def _settle_temperature(self) -> None:
+        """Greedy decoding resets the filters; a temperature too close to it is raised."""
+        force = msgspec.structs.force_setattr
+        if self.is_greedy:
+            force(self, "top_p", 1.0)
+            force(self, "top_k", 0)
+            force(self, "min_p", 0.0)
+        elif self.temperature < MIN_TEMPERATURE:
+            logger.warning(
+                "temperature %g is raised to %g: below, float32 overflows", self.temperature, MIN_TEMPERATURE
+            )
+            force(self, "temperature", MIN_TEMPERATURE)
 
     def _check_numbers(self) -> None:
         _check_int("n", self.n, 1, MAX_N)
@@ -153,30 +163,38 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.thinking_token_budget is not None:
             _check_int("thinking_token_budget", self.thinking_token_budget, -1, INT64_MAX)
 
-    def _check_lists(self) -> None:
-        if self.structured_outputs is not None:
-            raise InvalidRequestError(
-                "structured_outputs is not supported by this version of Octavo yet; leave it out",
-                param="structured_outputs",
-            )
-        if any(not isinstance(text, str) or text == "" for text in self.stop_strings):
-            _refuse("stop", self.stop, "a non-empty string or a list of non-empty strings")
-        if self.stop_strings and not self.detokenize:
-            _refuse("stop", self.stop, "left out when detokenize is False: stop strings need the text")
+    def _check_ids(self) -> None:
         for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
             ids = getattr(self, name)
-            if ids is not None and any(not _is_int(token_id) or token_id < 0 for token_id in ids):
+            if ids is not None and (not isinstance(ids, list) or any(not _is_int(i) or i < 0 for i in ids)):
                 _refuse(name, ids, "a list of token ids (integers >= 0)")
         if self.logprob_token_ids is not None and len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
             _refuse("logprob_token_ids", f"{len(self.logprob_token_ids)} ids", f"at most {MAX_LOGPROB_TOKEN_IDS} ids")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             _refuse("allowed_token_ids", [], "left out, or a list with at least one token id")
-        if self.bad_words and any(not isinstance(word, str) or word == "" for word in self.bad_words):
-            _refuse("bad_words", self.bad_words, "a list of non-empty strings")
         if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, dict):
+                _refuse("logit_bias", self.logit_bias, "a map from token id to a number")
             for token_id, bias in self.logit_bias.items():
                 if not _is_int(token_id) or token_id < 0 or not _is_number(bias) or not math.isfinite(bias):
                     _refuse("logit_bias", {token_id: bias}, "a map from token id to a finite number")
+
+    def _check_text(self) -> None:
+        if self.structured_outputs is not None:
+            raise InvalidRequestError(
+                "structured_outputs is not supported by this version of Octavo yet; leave it out",
+                param="structured_outputs",
+            )
+        if self.stop is not None and not _is_text_list(self.stop_strings):
+            _refuse("stop", self.stop, "a non-empty string or a list of non-empty strings")
+        if self.stop_strings and not self.detokenize:
+            _refuse("stop", self.stop, "left out when detokenize is False: stop strings need the text")
+        if self.bad_words is not None and not _is_text_list(self.bad_words):
+            _refuse("bad_words", self.bad_words, "a list of non-empty strings")
+
+
+def _is_text_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) and text for text in cast("list[object]", value))
 
 
 def _is_int(value: object) -> bool:
@@ -201,8 +219,8 @@ def _check_int(param: str, value: object, low: int, high: int, hint: str | None 
 
 
 def _check_float(param: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        if (value > low if open_low else value >= low) and value <= high:
-            return
+    is_finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if is_finite and (value > low if open_low else value >= low) and value <= high:
+        return
     bound = f"{'>' if open_low else '>='} {low:g}"
     _refuse(param, value, f"a finite number {bound}" + ("" if high == math.inf else f" and <= {high:g}"))
