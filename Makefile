@@ -1,0 +1,48 @@
+# Every target makes the virtual environment .venv when there is none; see scripts/setup_env.py.
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST_ARGS ?=
+PROMPT_1 ?= Who wrote Romeo and Juliet?
+PROMPT_2 ?= Explain in two sentences why the sky is blue.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo chat test check format setup bench-cpu clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+demo: ## a real 135M-parameter chat model answers in this terminal
+	@$(PYTHON) scripts/setup_env.py demo
+	$(BIN)/octavo generate --prompt "$(PROMPT_1)" --prompt "$(PROMPT_2)"
+
+chat: ## talk to the demo model
+	@$(PYTHON) scripts/setup_env.py demo
+	$(BIN)/octavo chat
+
+test: ## the whole test suite, without a GPU
+	@$(PYTHON) scripts/setup_env.py dev
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+check: ## formatting, lint, import order, types, spelling
+	@$(PYTHON) scripts/setup_env.py dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+	$(BIN)/typos
+
+format: ## rewrite the sources as `make check` wants them
+	@$(PYTHON) scripts/setup_env.py dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: ## only make .venv with everything in it
+	@$(PYTHON) scripts/setup_env.py dev
+
+bench-cpu: ## Octavo on the CPU workloads; benchmarks/cpu/README.md tells how to add peers
+	@$(PYTHON) scripts/setup_env.py dev
+	$(BIN)/python benchmarks/cpu/run.py --engines octavo
+
+clean: ## remove .venv and every cache
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
