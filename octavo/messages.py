@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from octavo.config.engine import Decision, EngineConfig
 from octavo.sampling_params import RepetitionDetection
 
 
@@ -150,6 +151,9 @@ class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=F
     """With the last output only."""
     error: str | None = None
     """With FinishReason.ERROR: what went wrong, fit for the user."""
+    error_code: str | None = None
+    """With ``error``: the ``code`` of the OctavoError class that says so. Written by ``engine/core.py``, read by
+    frontends that turn it into an exception or an HTTP status."""
 
 
 class EngineSnapshot(msgspec.Struct, array_like=True, gc=False):
@@ -204,6 +208,49 @@ class CoreDead(msgspec.Struct, array_like=True, gc=False, tag="dead"):
     """The core ends because of this; the last message on the socket."""
 
     error: str
+
+
+class EngineStarting(msgspec.Struct, frozen=True, array_like=True, tag="starting"):
+    """The settings are resolved, weights come next: a frontend can build its tokenizer meanwhile."""
+
+    config: EngineConfig
+    decisions: list[Decision]
+
+
+class EngineReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """The engine takes requests. Written once by ``engine/build.py``, kept by every client."""
+
+    config: EngineConfig
+    decisions: list[Decision]
+    num_blocks: int
+    """KV blocks, the null block included."""
+    num_kv_tokens: int
+    """Tokens of full attention that the cache holds."""
+    max_concurrency: float
+    """Requests of ``max_model_len`` tokens that fit at the same time."""
+    weights_bytes: int
+    activation_bytes: int
+    available_kv_bytes: int
+    attention_backend: str
+    phase_seconds: dict[str, float]
+    """Start-up phase to seconds, in order; they overlap where one runs beside another."""
+    total_seconds: float
+    """From the start of the build to here."""
+
+
+class StartupFailure(msgspec.Struct, frozen=True, array_like=True, tag="failure"):
+    """The engine could not start. ``error_class`` is a name in ``octavo.errors``, or ``EngineDeadError``."""
+
+    error_class: str
+    message: str
+    param: str | None = None
+    file: str | None = None
+    """``file``, ``tensor`` and ``reason`` belong to CheckpointError."""
+    tensor: str | None = None
+    reason: str | None = None
+
+
+CoreOutput = EngineCoreOutputs | CoreResult | CoreDead | EngineStarting | EngineReady | StartupFailure
 
 
 # ---------------------------------------------------------------------------------------------- core -> workers

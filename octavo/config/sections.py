@@ -85,6 +85,8 @@ class ParallelConfig:
     """Ranks. Only size 1 exists by now; the type is here so that nothing else has to change."""
 
     tensor_parallel_size: int = 1
+    executor: str = "inline"
+    """What carries plans to workers: a name in ``executor/registry.py`` or an import path ``module:callable``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,212 @@
+"""The process around an EngineCore: ``python -m octavo.engine.core_main``, started by ``engine/launch.py``.
+
+Reads what to build from the first line of its standard input and then watches that input: when it closes, the parent
+is gone or wants the engine to end. Requests come in over one ipc socket, outputs leave over one per frontend, each in
+a thread of its own, so that the loop never waits for either. Messages are msgpack of the types in ``messages.py`` and
+nothing else; bytes that are not are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+
+import msgspec
+import zmq
+
+from octavo.config.args import EngineArgs
+from octavo.engine.core import EngineCore
+from octavo.errors import CheckpointError, OctavoError
+from octavo.messages import CoreDead, CoreInput, CoreOutput, EngineReady, StartupFailure
+
+logger = logging.getLogger("octavo.engine.core_main")
+FLUSH_MS = 2000
+"""How long an ending engine tries to get its last messages out."""
+
+
+class LaunchOrder(msgspec.Struct):
+    """The first line of standard input, as JSON."""
+
+    build: str
+    """``module:function`` that takes (args, emit) and returns (EngineCore, EngineReady)."""
+    args: msgspec.Raw
+    inbound: str
+    """ipc address that the core binds."""
+    outbound: list[str]
+    """One ipc address per frontend, bound there."""
+    death_fd: int
+    """Write end of a pipe; held open, never written."""
+
+
+def resolve_build(path: str) -> tuple[type, Callable[..., tuple[EngineCore, EngineReady]]]:
+    """The function behind ``module:function`` and the type of its first argument."""
+    module_name, _, name = path.partition(":")
+    build = getattr(import_module(module_name), name)
+    return getattr(build, "args_type", EngineArgs), build
+
+
+class Outbox:
+    """Sends messages to the frontends from a thread of its own, in order."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], addresses: list[str]) -> None:
+        self._queue: queue.SimpleQueue[tuple[int, CoreOutput] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=self._send_all, args=(context, addresses), name="octavo-outbox", daemon=True
+        )
+        self._thread.start()
+
+    def emit(self, client_index: int, message: CoreOutput) -> None:
+        self._queue.put((client_index, message))
+
+    def close(self) -> None:
+        """Send what is queued, then end."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _send_all(self, context: zmq.Context[zmq.Socket[bytes]], addresses: list[str]) -> None:
+        encoder = msgspec.msgpack.Encoder()
+        sockets = [context.socket(zmq.PUSH) for _ in addresses]
+        for socket, address in zip(sockets, addresses, strict=True):
+            socket.set_hwm(0)  # outputs are bounded by the requests that were let in
+            socket.connect(address)
+        while (item := self._queue.get()) is not None:
+            client_index, message = item
+            sockets[client_index].send(encoder.encode(message))
+        for socket in sockets:
+            socket.close(linger=FLUSH_MS)
+
+
+class Inlet:
+    """Receives messages in a thread of its own and hands them to ``put``; ends with its context."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, put: Callable[[CoreInput], None]) -> None:
+        self.num_dropped = 0
+        self._put = put
+        self._socket = context.socket(zmq.PULL)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+        threading.Thread(target=self._receive_all, name="octavo-inlet", daemon=True).start()
+
+    def _receive_all(self) -> None:
+        decoder: msgspec.msgpack.Decoder[CoreInput] = msgspec.msgpack.Decoder(CoreInput)
+        while True:
+            try:
+                data = self._socket.recv()
+            except zmq.ContextTerminated:
+                self._socket.close(linger=0)
+                return
+            try:
+                message = decoder.decode(data)
+            except (msgspec.DecodeError, RecursionError):
+                self.num_dropped += 1
+                logger.warning("dropped %d bytes that are no message; %d so far", len(data), self.num_dropped)
+                continue
+            self._put(message)
+
+
+def watch_parent(stop: Callable[[], None]) -> None:
+    """Call ``stop`` once standard input is closed. Reads the descriptor itself: nothing else does by then."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        stop()
+
+    threading.Thread(target=watch, name="octavo-parent-watch", daemon=True).start()
+
+
+def describe_failure(error: BaseException) -> StartupFailure:
+    """An error as a message, so that the parent can raise the same."""
+    if isinstance(error, CheckpointError):
+        return StartupFailure(
+            "CheckpointError", error.message, file=error.file, tensor=error.tensor, reason=error.reason
+        )
+    if isinstance(error, OctavoError):
+        return StartupFailure(type(error).__name__, error.message, param=error.param)
+    text = "".join(traceback.format_exception(error))
+    return StartupFailure("EngineDeadError", f"the engine could not start:\n{text}")
+
+
+def read_order() -> LaunchOrder:
+    """The first line of standard input, unbuffered so that the watcher sees every later byte and the end."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        data = os.read(0, 65536)
+        if not data:
+            raise SystemExit(2)
+        line += data
+    return msgspec.json.decode(bytes(line), type=LaunchOrder)
+
+
+def main() -> int:
+    """Build, run until told to stop; 0 after a clean end, 1 after a failure."""
+    order = read_order()
+    os.set_inheritable(order.death_fd, False)
+    is_stopping = threading.Event()
+    running: list[EngineCore] = []
+
+    def stop(*_: object) -> None:
+        is_stopping.set()
+        for core in running:
+            core.stop()
+        if not running:
+            os._exit(1)  # still loading: there is nothing to finish and no loop that would see the flag
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    watch_parent(stop)
+
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    outbox = Outbox(context, order.outbound)
+    status = run_engine(order, context, outbox, running, is_stopping)
+    outbox.close()
+    context.term()
+    return status
+
+
+def run_engine(
+    order: LaunchOrder,
+    context: zmq.Context[zmq.Socket[bytes]],
+    outbox: Outbox,
+    running: list[EngineCore],
+    is_stopping: threading.Event,
+) -> int:
+    """Build the engine and loop. Whatever ends it is told to every frontend before the process goes."""
+    everyone = range(len(order.outbound))
+    try:
+        args_type, build = resolve_build(order.build)
+        core, ready = build(msgspec.json.decode(order.args, type=args_type), outbox.emit)
+        inlet = Inlet(context, order.inbound, core.put)
+        core.add_call("num_dropped_messages", lambda: inlet.num_dropped)
+    except Exception as error:  # process border
+        for client_index in everyone:
+            outbox.emit(client_index, describe_failure(error))
+        return 1
+    running.append(core)
+    gc.collect()
+    gc.freeze()  # what start-up made lives as long as the process; later collections need not walk it
+    for client_index in everyone:
+        outbox.emit(client_index, ready)
+    try:
+        if not is_stopping.is_set():
+            core.run()
+        core.shutdown()
+    except Exception as error:  # process border
+        logger.exception("the engine failed")
+        text = "".join(traceback.format_exception(error))
+        for client_index in everyone:
+            outbox.emit(client_index, CoreDead(f"the engine failed: {type(error).__name__}: {error}\n{text}"))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
