@@ -121,6 +121,12 @@ class GGUFFile:
         self.metadata: dict[str, Any] = header.metadata
         self.tensors: dict[str, GGUFTensor] = header.tensors
 
+    def read(self, tensor: GGUFTensor, row_start: int = 0, row_end: int | None = None) -> bytes:
+        """A copy of the raw blocks of rows ``row_start`` to ``row_end`` (all to the end when None)."""
+        end = tensor.num_rows if row_end is None else row_end
+        assert 0 <= row_start <= end <= tensor.num_rows
+        return self.map[tensor.offset + row_start * tensor.row_bytes : tensor.offset + end * tensor.row_bytes]
+
     def close(self) -> None:
         """Unmap the file. Views handed out before must be gone."""
         self.map.close()

@@ -96,9 +96,11 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], file: str) -> GGUFTokenize
         raise CheckpointError(file, f"tokenizer.ggml.model is {kind!r:.100}, but only 'gpt2' and 'llama' can be read")
 
     special = [index for index, t in enumerate(types) if t == _CONTROL]
-    tokenizer.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in special if tokens[i]])
-    plain = [tokens[i] for i, t in enumerate(types) if t == _USER_DEFINED and tokens[i]]
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    plain = [index for index, t in enumerate(types) if t == _USER_DEFINED]
+    added = [AddedToken(tokens[i], special=True, normalized=False) for i in special if tokens[i]]
+    tokenizer.add_special_tokens(added)  # pyright: ignore[reportUnknownMemberType]
+    added = [AddedToken(tokens[i], special=False, normalized=False) for i in plain if tokens[i]]
+    tokenizer.add_tokens(added)  # pyright: ignore[reportUnknownMemberType]
     return GGUFTokenizer(tokenizer, tokens, frozenset(special), add_bos)
 
 

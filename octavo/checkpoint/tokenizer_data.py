@@ -170,30 +170,34 @@ def set_template(
 
 
 def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    templates: dict[str, str] = {}
-    stored: Any = config.get("chat_template")
-    file = str(folder / "tokenizer_config.json")
-    if isinstance(stored, str):
-        templates[DEFAULT_TEMPLATE] = stored
-    elif isinstance(stored, list):
-        for item in cast("list[Any]", stored):
-            entry: dict[str, Any] = cast("dict[str, Any]", item) if isinstance(item, dict) else {}
-            name, text = entry.get("name"), entry.get("template")
-            if not isinstance(name, str) or not isinstance(text, str):
-                raise CheckpointError(file, "chat_template entries must be objects with 'name' and 'template' strings")
-            templates[name] = text
-    elif stored is not None:
-        raise CheckpointError(file, f"chat_template must be a string or a list, not {type(stored).__name__}")
+    """All templates of a folder; files win over what tokenizer_config.json says."""
+    templates = _config_templates(config.get("chat_template"), str(folder / "tokenizer_config.json"))
     for name in ("additional_chat_templates", "chat_templates"):
-        if (folder / name).is_dir():
-            for path in sorted((folder / name).glob("*.jinja")):
-                templates[path.stem] = read_text(path, MAX_TEMPLATE_BYTES)
+        for path in sorted((folder / name).glob("*.jinja")):
+            templates[path.stem] = read_text(path, MAX_TEMPLATE_BYTES)
     if (folder / "chat_template.jinja").exists():
         templates[DEFAULT_TEMPLATE] = read_text(folder / "chat_template.jinja", MAX_TEMPLATE_BYTES)
     elif (folder / "chat_template.json").exists():
         text = read_json_object(folder / "chat_template.json").get("chat_template")
         if isinstance(text, str):
             templates[DEFAULT_TEMPLATE] = text
+    return templates
+
+
+def _config_templates(stored: Any, file: str) -> dict[str, str]:
+    if stored is None:
+        return {}
+    if isinstance(stored, str):
+        return {DEFAULT_TEMPLATE: stored}
+    if not isinstance(stored, list):
+        raise CheckpointError(file, f"chat_template must be a string or a list, not {type(stored).__name__}")
+    templates: dict[str, str] = {}
+    for item in cast("list[Any]", stored):
+        entry: dict[str, Any] = cast("dict[str, Any]", item) if isinstance(item, dict) else {}
+        name, text = entry.get("name"), entry.get("template")
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise CheckpointError(file, "chat_template entries must be objects with 'name' and 'template' strings")
+        templates[name] = text
     return templates
 
 

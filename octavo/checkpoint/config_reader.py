@@ -1,0 +1,192 @@
+"""From what a model folder or a GGUF file says to a checked ``ModelConfig``.
+
+A GGUF header is first put into the words of ``config.json`` (``gguf_config.py``), so that one piece of code checks both
+and ``hf_overrides`` mean the same for both. Knows no torch and no model class; runs no code of the model, and does not
+look at ``auto_map``. Every complaint names the file and the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from octavo.checkpoint.files import read_json_object
+from octavo.checkpoint.gguf_config import gguf_to_hf_config
+from octavo.checkpoint.gguf_file import GGUFFile
+from octavo.checkpoint.locate import LocatedModel
+from octavo.checkpoint.rope import read_rope
+from octavo.checkpoint.values import Fields
+from octavo.config.model import ModelConfig
+from octavo.errors import CheckpointError, ConfigError, ModelNotFoundError
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""For the rare config.json with a model_type but without architectures."""
+_FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "qwen2": {"max_position_embeddings": 32768},
+    "qwen3": {"max_position_embeddings": 32768, "head_dim": 128},
+}
+"""What transformers takes when config.json leaves a field out and the family differs from the common default."""
+_USES_WINDOW_FLAG = frozenset({"qwen2", "qwen3"})
+_DTYPES = ("float32", "float16", "bfloat16")
+_GENERATION_FIELDS = ("temperature", "top_p", "min_p", "repetition_penalty")
+MAX_DIMENSION = 1 << 24
+MAX_LAYERS = 4096
+
+
+def read_model_config(located: LocatedModel, hf_overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Read and check the config of a located model.
+
+    Args:
+        located: From ``locate_model``.
+        hf_overrides: Fields put over those of config.json (or of the GGUF header in the same words); one level of
+            nested objects is merged, not replaced.
+
+    Raises:
+        ModelNotFoundError: The folder has no config.json.
+        CheckpointError: A field is missing, of the wrong type or out of range; names the file and the field.
+    """
+    path = Path(located.path)
+    generation: dict[str, Any] = {}
+    generation_file = path / "generation_config.json"
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.exists():
+            raise ModelNotFoundError(f"{path} has no config.json, so it is no model folder", param="model")
+        config = read_json_object(file)
+        if generation_file.exists():
+            generation = read_json_object(generation_file)
+    else:
+        file = generation_file = path
+        with GGUFFile(path) as gguf:
+            config, generation = gguf_to_hf_config(gguf)
+    config.pop("auto_map", None)
+    for name, value in (hf_overrides or {}).items():
+        old = config.get(name)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        config[name] = {**cast("dict[str, Any]", old), **cast("dict[str, Any]", value)} if both else value
+    return _model_config(config, generation, str(file), str(generation_file))
+
+
+def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str, generation_file: str) -> ModelConfig:
+    f = Fields(config, file)
+    model_type = config.get("model_type") if isinstance(config.get("model_type"), str) else ""
+    architecture = _architecture(f, str(model_type))
+    if "hidden_size" not in config and isinstance(config.get("text_config"), dict):
+        raise f.error("text_config", "describes a multi-modal model, which is not supported")
+    f.defaults = _FAMILY_DEFAULTS.get(str(model_type), {})
+
+    vocab_size = f.integer("vocab_size", 1, MAX_DIMENSION)
+    hidden_size = f.integer("hidden_size", 1, MAX_DIMENSION)
+    num_layers = f.integer("num_hidden_layers", 1, MAX_LAYERS)
+    num_heads = f.integer("num_attention_heads", 1, MAX_DIMENSION)
+    head_dim = f.optional_integer("head_dim", 1, MAX_DIMENSION)
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise f.error("hidden_size", f"is {hidden_size}, not a multiple of num_attention_heads ({num_heads})")
+        head_dim = hidden_size // num_heads
+    num_kv_heads = f.optional_integer("num_key_value_heads", 1, MAX_DIMENSION) or num_heads
+    if num_heads % num_kv_heads:
+        raise f.error("num_key_value_heads", f"is {num_kv_heads}, but must divide num_attention_heads ({num_heads})")
+    max_positions = f.integer("max_position_embeddings", 1, 2**31 - 1)
+    windows = _windows(f, num_layers, str(model_type))
+    quantization = f.mapping("quantization_config")
+    g = Fields(generation, generation_file)
+    eos = dict.fromkeys([*f.token_ids("eos_token_id", vocab_size), *g.token_ids("eos_token_id", vocab_size)])
+    bos = [*f.token_ids("bos_token_id", vocab_size), *g.token_ids("bos_token_id", vocab_size)]
+    try:
+        return ModelConfig(
+            architecture=architecture,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=f.integer("intermediate_size", 1, MAX_DIMENSION),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=max_positions,
+            rms_norm_eps=f.number("rms_norm_eps", 1e-6, low=0.0, high=1.0),
+            rope=read_rope(f, head_dim, max_positions),
+            hidden_act=f.string("hidden_act", "silu"),
+            tie_word_embeddings=f.boolean("tie_word_embeddings", False),
+            attention_bias=f.boolean("attention_bias", False),
+            mlp_bias=f.boolean("mlp_bias", False),
+            sliding_window=next((w for w in windows if w is not None), None),
+            layer_windows=windows,
+            bos_token_id=bos[0] if bos else None,
+            eos_token_ids=tuple(eos),
+            dtype=_dtype(f),
+            quantization=quantization,
+            generation_defaults=_generation_defaults(g),
+            hf=config,
+        )
+    except ConfigError as exc:
+        raise CheckpointError(file, exc.message) from exc
+
+
+def _architecture(f: Fields, model_type: str) -> str:
+    names = f.values.get("architectures")
+    if isinstance(names, list) and names:
+        first = cast("list[Any]", names)[0]
+        if isinstance(first, str) and first.isidentifier():
+            return first
+        raise f.error("architectures", f"names {first!r:.100}, which is no class name")
+    if names is not None and not isinstance(names, list):
+        raise f.error("architectures", f"must be a list of class names, not {names!r:.100}")
+    if model_type in _ARCHITECTURES:
+        return _ARCHITECTURES[model_type]
+    raise f.error("architectures", "is missing, so the kind of model is not known")
+
+
+def _dtype(f: Fields) -> str:
+    name = "dtype" if f.values.get("dtype") is not None else "torch_dtype"
+    value = f.string(name, "float32").removeprefix("torch.")
+    if value not in _DTYPES:
+        raise f.error(name, f"is {value!r:.100}, but must be one of {', '.join(_DTYPES)}")
+    return value
+
+
+def _windows(f: Fields, num_layers: int, model_type: str) -> tuple[int | None, ...]:
+    """[num_layers] windows, or empty when every layer sees everything."""
+    window = f.optional_integer("sliding_window", 1, 2**31 - 1)
+    kinds = f.values.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(cast("list[Any]", kinds)) != num_layers:
+            raise f.error("layer_types", f"must be a list of num_hidden_layers ({num_layers}) names")
+        for kind in cast("list[Any]", kinds):
+            if kind not in ("full_attention", "sliding_attention"):
+                raise f.error("layer_types", f"holds {kind!r:.100}; known are full_attention and sliding_attention")
+        if "sliding_attention" not in kinds:
+            return ()
+        if window is None:
+            raise f.error("sliding_window", "is missing, but layer_types has sliding_attention layers")
+        return tuple(window if kind == "sliding_attention" else None for kind in cast("list[Any]", kinds))
+    if window is None or model_type == "llama":
+        return ()
+    if model_type in _USES_WINDOW_FLAG or "use_sliding_window" in f.values:
+        if not f.boolean("use_sliding_window", False):
+            return ()
+        first = f.optional_integer("max_window_layers", 0, MAX_DIMENSION)
+        return tuple(window if i >= (first or 0) else None for i in range(num_layers))
+    return (window,) * num_layers
+
+
+def _generation_defaults(g: Fields) -> dict[str, Any]:
+    defaults: dict[str, Any] = {}
+    for name in _GENERATION_FIELDS:
+        if g.values.get(name) is not None:
+            defaults[name] = g.number(name, 0.0, low=0.0, high=1e6)
+    top_k = g.optional_integer("top_k", -1, MAX_DIMENSION)
+    if top_k is not None:
+        defaults["top_k"] = top_k
+    max_tokens = g.optional_integer("max_new_tokens", 1, 2**31 - 1)
+    if max_tokens is not None:
+        defaults["max_tokens"] = max_tokens
+    return defaults
