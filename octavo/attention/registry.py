@@ -1,0 +1,83 @@
+"""Attention backend by name, and the choice for ``auto``.
+
+Names of other engines are understood, so that their commands work. Third parties give an import path or use the entry
+point group ``octavo.attention_backends``.
+"""
+
+from __future__ import annotations
+
+from octavo.attention.backend import AttentionBackend, AttentionSpec
+from octavo.errors import ConfigError
+from octavo.utils.registry import Registry
+
+_NO_GPU_BACKEND = "it needs a GPU, and this version computes attention on the CPU only"
+
+BACKENDS = Registry(
+    "attention backend",
+    "attention_backend",
+    "octavo.attention_backends",
+    {"TORCH_SDPA": "octavo.attention.torch_sdpa:TorchSdpaBackend"},
+    aliases={"CPU_ATTN": "TORCH_SDPA", "SDPA": "TORCH_SDPA", "TORCH": "TORCH_SDPA", "TORCH_NATIVE": "TORCH_SDPA"},
+    absent={
+        "FLASH_ATTN": _NO_GPU_BACKEND,
+        "TRITON_ATTN": _NO_GPU_BACKEND,
+        "FLASHINFER": _NO_GPU_BACKEND,
+        "FLEX_ATTENTION": "it is not implemented in this version",
+        "XFORMERS": "it is not implemented in this version; TORCH_SDPA uses the same algorithm",
+    },
+    normalise=str.upper,
+)
+
+
+def choose_backend(requested: str, spec: AttentionSpec, device_type: str) -> tuple[type[AttentionBackend], str]:
+    """The backend to use and the reason in words.
+
+    Args:
+        requested: ``auto``, a name, another engine's name for it, or ``module:Class``.
+        spec: What the layers ask for.
+        device_type: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: The requested backend is unknown or cannot serve ``spec``, or no backend can; every candidate is
+            listed with its reason.
+    """
+    if requested.lower() != "auto":
+        backend: type[AttentionBackend] = BACKENDS.load(requested)
+        reason = backend.unsupported(spec, device_type)
+        if reason is None:
+            return backend, f"asked for as {requested!r}"
+        others = _candidates(spec, device_type, except_for=backend.name)
+        raise ConfigError(
+            f"attention backend {backend.name} cannot be used: {reason}. Others: {_describe(others)}.",
+            param="attention_backend",
+        )
+    candidates = _candidates(spec, device_type)
+    for backend, reason in candidates.values():
+        if reason is None and backend is not None:
+            return backend, f"the first of {', '.join(candidates)} that serves this model on {device_type}"
+    raise ConfigError(
+        f"no attention backend serves this model on {device_type}: {_describe(candidates)}", param="attention_backend"
+    )
+
+
+def _candidates(
+    spec: AttentionSpec, device_type: str, except_for: str = ""
+) -> dict[str, tuple[type[AttentionBackend] | None, str | None]]:
+    """Name to class (None if it does not import) and the reason against it (None if it fits)."""
+    found: dict[str, tuple[type[AttentionBackend] | None, str | None]] = {}
+    for name in BACKENDS.names():
+        if name == except_for:
+            continue
+        try:
+            backend: type[AttentionBackend] = BACKENDS.load(name)
+        except ConfigError as error:
+            found[name] = (None, error.message)
+        else:
+            found[name] = (backend, backend.unsupported(spec, device_type))
+    return found
+
+
+def _describe(candidates: dict[str, tuple[type[AttentionBackend] | None, str | None]]) -> str:
+    described = [f"{name}: {reason or 'usable'}" for name, (_, reason) in candidates.items()]
+    described += [f"{name}: {reason}" for name, reason in BACKENDS.absent.items()]
+    return "; ".join(described)

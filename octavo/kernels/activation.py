@@ -1,0 +1,32 @@
+"""Gated activations of feed-forward blocks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def silu_and_mul_ref(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` for ``gate_up [T, 2F]``, gate first. Returns ``[T, F]``, contiguous."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_tanh_and_mul_ref(gate_up: Tensor) -> Tensor:
+    """``gelu(gate) * up`` with the tanh approximation, for ``gate_up [T, 2F]``. Returns ``[T, F]``, contiguous."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """As ``silu_and_mul_ref``; ``gate_up`` is overwritten."""
+    size = gate_up.shape[-1] // 2
+    gate = gate_up[:, :size]
+    return torch.mul(F.silu(gate, inplace=True), gate_up[:, size:])
+
+
+def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
+    """As ``gelu_tanh_and_mul_ref``."""
+    size = gate_up.shape[-1] // 2
+    return torch.mul(F.gelu(gate_up[:, :size], approximate="tanh"), gate_up[:, size:])

@@ -1,0 +1,39 @@
+"""Token embedding, and the output head when a model ties the two.
+
+A tied table arrives once from the checkpoint and serves twice: rows are gathered from it, and the head multiplies by
+it. What the head's product looks like is the QuantizationMethod's affair.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.layers.context import LayerContext
+from octavo.layers.parameter import Layer, Parameter
+from octavo.quantization.method import LinearShape
+
+
+class Embedding(Layer):
+    """``[V, E]`` table; ``is_tied`` adds ``logits()`` over the same weights."""
+
+    def __init__(self, context: LayerContext, vocab_size: int, hidden_size: int, *, is_tied: bool = False) -> None:
+        self._context = context
+        self._is_tied = is_tied
+        self._table = context.empty(0, hidden_size)
+        self._head: dict[str, Tensor] = {}
+        self.shape = LinearShape(hidden_size, vocab_size, context.dtype)
+        self.weight = Parameter((vocab_size, hidden_size), lambda: context.empty(vocab_size, hidden_size), self._finish)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """``[T] -> [T, E]``; a fresh tensor that the caller may change in place."""
+        return F.embedding(input_ids, self._table)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[L, E] -> [L, V]`` by the tied table."""
+        return self._context.quantization.apply(self.shape, self._head, hidden, None)
+
+    def _finish(self, table: Tensor) -> None:
+        self._table = table
+        if self._is_tied:
+            self._head = self._context.quantization.after_load(self.shape, {"weight": table})

@@ -1,0 +1,27 @@
+"""RMSNorm. Paper: Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from octavo.kernels.norm import rms_norm
+from octavo.layers.context import LayerContext
+from octavo.layers.parameter import Layer, Parameter
+
+
+class RMSNorm(Layer):
+    """Normalises the last dimension, then scales it by a learned weight."""
+
+    def __init__(self, context: LayerContext, size: int, eps: float, *, order: Tensor | None = None) -> None:
+        """Define a norm; ``order`` permutes the weight at load, as ``Linear``'s ``row_order`` does."""
+        self._weight = context.empty(0)
+        self._order = order
+        self._eps = eps
+        self.weight = Parameter((size,), lambda: context.empty(size), self._finish)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., size] -> [..., size]``; ``x`` is left as it is."""
+        return rms_norm(x, self._weight, self._eps)
+
+    def _finish(self, weight: Tensor) -> None:
+        self._weight = weight if self._order is None else weight[self._order]
