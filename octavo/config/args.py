@@ -108,7 +108,9 @@ class EngineArgs:
     )  # fmt: skip
     enable_prefix_caching: bool = setting(True, "switch", MEMORY, "Reuse the KV cache of prompts that begin alike.")
     prefix_caching_hash_algo: str = setting(
-        "sha256", "text", MEMORY, "Hash that tells equal prefixes.", choices=("sha256", "sha256_cbor"),
+        "sha256", "text", MEMORY,
+        "Hash that tells equal prefixes; sha256 is quicker where the processor has instructions for it.",
+        choices=("sha256", "blake2b"),
     )  # fmt: skip
 
     max_num_batched_tokens: int | None = setting(
@@ -241,10 +243,15 @@ def _template_text(value: str) -> str:
     if "{" in value or "\n" in value:
         return value
     try:
-        return Path(value).read_text(encoding="utf-8")
+        text = Path(value).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"chat_template is {value!r}, which is neither a readable file ({error}) nor a Jinja template (those "
             "contain a '{')",
             param="chat_template",
         ) from None
+    if "{" not in text:
+        raise ConfigError(
+            f"chat_template: {value} holds no Jinja template (there is no '{{' in it)", param="chat_template"
+        )
+    return text

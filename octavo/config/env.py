@@ -1,8 +1,9 @@
 """The few environment variables that are read, under our own name first and then under vLLM's.
 
 A flag always wins over a variable. ``read_environment`` is pure over the mapping that it is given;
-``apply_environment`` fills those settings of an ``EngineArgs`` that were left at their default. Variables of torch, Hugging Face and CUDA
-(``HF_HOME``, ``CUDA_VISIBLE_DEVICES``, ``NO_COLOR``, ...) keep their meaning and are read by their owners.
+``apply_environment`` fills those settings of an ``EngineArgs`` that were left at their default. Variables of torch,
+Hugging Face and CUDA (``HF_HOME``, ``CUDA_VISIBLE_DEVICES``, ``NO_COLOR``, ...) keep their meaning and are read by
+their owners.
 """
 
 from __future__ import annotations

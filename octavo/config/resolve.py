@@ -309,6 +309,11 @@ def _tenant_weights(args: EngineArgs) -> dict[str, float]:
 
 def _load(args: EngineArgs, located: Located, notes: list[Decision]) -> LoadConfig:
     load_format = args.load_format
+    if located.format == "none" and load_format in ("auto", "safetensors", "gguf"):
+        raise ConfigError(
+            f"{located.path} holds a config.json but no weights: for random ones, add --load-format dummy",
+            param="load_format",
+        )
     if load_format == "auto":
         load_format = located.format
         notes.append(Decision("load_format", load_format, "what the files are"))
