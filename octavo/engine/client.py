@@ -6,7 +6,6 @@ Requests and outputs are integers here; text is the frontend's. Never imports to
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import subprocess
@@ -22,6 +21,7 @@ import msgspec
 import zmq
 
 from octavo import errors
+from octavo.engine.wire import Reader
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.messages import (
     AbortRequests,
@@ -36,8 +36,6 @@ from octavo.messages import (
     EngineSnapshot,
     EngineStarting,
 )
-
-logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 60.0
 """An administrative call waits for the step at hand, so this is far more than it can take."""
@@ -275,12 +273,10 @@ class ZmqClient(_PumpedClient):
         self._is_closed = False
         self._send_lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[CoreOutput] = msgspec.msgpack.Decoder(CoreOutput)
+        self._reader: Reader[CoreOutput] = Reader(CoreOutput, "an engine")
         self._poller = zmq.Poller()
         self._poller.register(outbound, zmq.POLLIN)
         self._poller.register(death_fd, zmq.POLLIN)
-        self.num_dropped_messages = 0
-        """Messages that were not what a core sends."""
 
     @property
     def ready(self) -> EngineReady:
@@ -290,6 +286,11 @@ class ZmqClient(_PumpedClient):
     def process(self) -> subprocess.Popen[bytes]:
         """The engine process, to watch; ending it is ``close``'s work."""
         return self._process
+
+    @property
+    def num_dropped_messages(self) -> int:
+        """Messages so far that no engine sends."""
+        return self._reader.num_dropped
 
     def _send(self, message: CoreInput) -> None:
         with self._send_lock:
@@ -304,11 +305,9 @@ class ZmqClient(_PumpedClient):
                 data = self._outbound.recv(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            try:
-                self._take(self._decoder.decode(data))
-            except msgspec.DecodeError:  # covers ValidationError: right encoding, wrong content
-                self.num_dropped_messages += 1
-                logger.warning("dropped %d bytes from the engine's socket that no engine sends", len(data))
+            message = self._reader.read(data)
+            if message is not None:
+                self._take(message)
         if self._death_fd in events:
             # All that it sent before has been read above or is lost with it.
             self._die(describe_exit(self._process))

@@ -24,6 +24,7 @@ import zmq
 
 from octavo.config.args import EngineArgs
 from octavo.engine.core import EngineCore
+from octavo.engine.wire import Reader, make_socket
 from octavo.errors import CheckpointError, OctavoError
 from octavo.messages import CoreDead, CoreInput, CoreOutput, EngineReady, StartupFailure
 
@@ -73,9 +74,8 @@ class Outbox:
 
     def _send_all(self, context: zmq.Context[zmq.Socket[bytes]], addresses: list[str]) -> None:
         encoder = msgspec.msgpack.Encoder()
-        sockets = [context.socket(zmq.PUSH) for _ in addresses]
+        sockets = [make_socket(context, zmq.PUSH) for _ in addresses]
         for socket, address in zip(sockets, addresses, strict=True):
-            socket.set_hwm(0)  # outputs are bounded by the requests that were let in
             socket.connect(address)
         while (item := self._queue.get()) is not None:
             client_index, message = item
@@ -88,28 +88,26 @@ class Inlet:
     """Receives messages in a thread of its own and hands them to ``put``; ends with its context."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, put: Callable[[CoreInput], None]) -> None:
-        self.num_dropped = 0
+        self._reader: Reader[CoreInput] = Reader(CoreInput, "a client")
         self._put = put
-        self._socket = context.socket(zmq.PULL)
-        self._socket.set_hwm(0)
+        self._socket = make_socket(context, zmq.PULL)
         self._socket.bind(address)
         threading.Thread(target=self._receive_all, name="octavo-inlet", daemon=True).start()
 
     def _receive_all(self) -> None:
-        decoder: msgspec.msgpack.Decoder[CoreInput] = msgspec.msgpack.Decoder(CoreInput)
         while True:
             try:
                 data = self._socket.recv()
             except zmq.ContextTerminated:
                 self._socket.close(linger=0)
                 return
-            try:
-                message = decoder.decode(data)
-            except (msgspec.DecodeError, RecursionError):
-                self.num_dropped += 1
-                logger.warning("dropped %d bytes that are no message; %d so far", len(data), self.num_dropped)
-                continue
-            self._put(message)
+            message = self._reader.read(data)
+            if message is not None:
+                self._put(message)
+
+    def count_dropped(self) -> int:
+        """Messages so far that no client sends."""
+        return self._reader.num_dropped
 
 
 def watch_parent(stop: Callable[[], None]) -> None:
@@ -185,7 +183,7 @@ def run_engine(
         args_type, build = resolve_build(order.build)
         core, ready = build(msgspec.json.decode(order.args, type=args_type), outbox.emit)
         inlet = Inlet(context, order.inbound, core.put)
-        core.add_call("num_dropped_messages", lambda: inlet.num_dropped)
+        core.add_call("num_dropped_messages", inlet.count_dropped)
     except Exception as error:  # process border
         for client_index in everyone:
             outbox.emit(client_index, describe_failure(error))

@@ -27,6 +27,7 @@ from octavo.engine.client import (
     end_process,
     make_error,
 )
+from octavo.engine.wire import Reader, make_socket
 from octavo.errors import CheckpointError, EngineDeadError
 from octavo.messages import CoreOutput, EngineReady, EngineStarting, StartupFailure
 
@@ -62,11 +63,9 @@ def launch_engine(
 def _launch_process(args: Any, on_starting: OnStarting | None, build: str) -> ZmqClient:
     runtime_dir = tempfile.mkdtemp(prefix="octavo-")  # mode 0700: nobody else reaches the sockets
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    outbound = context.socket(zmq.PULL)
-    inbound = context.socket(zmq.PUSH)
+    outbound = make_socket(context, zmq.PULL)
+    inbound = make_socket(context, zmq.PUSH)
     inbound_address, outbound_address = f"ipc://{runtime_dir}/core", f"ipc://{runtime_dir}/client-0"
-    for socket in (outbound, inbound):
-        socket.set_hwm(0)
     outbound.bind(outbound_address)
     inbound.connect(inbound_address)
     death_fd, held_fd = os.pipe()
@@ -107,14 +106,14 @@ def _launch_process(args: Any, on_starting: OnStarting | None, build: str) -> Zm
 def _await_ready(
     process: subprocess.Popen[bytes], outbound: zmq.Socket[bytes], death_fd: int, on_starting: OnStarting | None
 ) -> EngineReady:
-    decoder: msgspec.msgpack.Decoder[CoreOutput] = msgspec.msgpack.Decoder(CoreOutput)
+    reader: Reader[CoreOutput] = Reader(CoreOutput, "an engine")
     poller = zmq.Poller()
     poller.register(outbound, zmq.POLLIN)
     poller.register(death_fd, zmq.POLLIN)
     while True:
         events = dict(poller.poll())
         if outbound in events:
-            message = decoder.decode(outbound.recv())
+            message = reader.read(outbound.recv())
             if isinstance(message, EngineReady):
                 return message
             if isinstance(message, StartupFailure):

@@ -33,6 +33,7 @@ from octavo.messages import (
     EngineCoreRequest,
     EngineReady,
     EngineSnapshot,
+    EngineStarting,
     FinishReason,
     ModelRunnerOutput,
     ResolvedSampling,
@@ -186,3 +187,11 @@ def build(args: FakeArgs, emit: Callable[[int, CoreOutput], None]) -> tuple[Engi
 
 
 build.args_type = FakeArgs  # type: ignore[attr-defined]
+
+
+def build_in_two_parts(args: FakeArgs, emit: Callable[[int, CoreOutput], None]) -> tuple[EngineCore, EngineReady]:
+    emit(0, EngineStarting(CONFIG, []))
+    return build(args, emit)
+
+
+build_in_two_parts.args_type = FakeArgs  # type: ignore[attr-defined]
