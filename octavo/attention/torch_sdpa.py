@@ -3,7 +3,7 @@
 The cache of a layer is ``[N, P, 2, G, D]``: a token's keys and values side by side, so that one copy writes both and a
 run of consecutive block ids is one strided view, read without copying. Histories that are scattered are gathered. A
 step is cut into *spans*: consecutive queries of one request together with the keys that they may see.
-Knows no request and no model. Paper: Kwon et al., SOSP 2023 (paging); Dao et al., 2022 (the fused operator's algorithm).
+Knows no request and no model. Papers: Kwon et al., SOSP 2023 (paging); Dao et al., "FlashAttention", 2022.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ def rope_frequencies(
     if kind == "dynamic":
         if max_positions > trained_positions:
             raise ConfigError(
-                f"rope type 'dynamic' changes its frequencies beyond {trained_positions} tokens, which would make cached "
-                f"keys wrong; lower max_model_len from {max_positions} to at most that",
+                f"rope type 'dynamic' changes its frequencies beyond {trained_positions} tokens, which would make "
+                f"cached keys wrong; lower max_model_len from {max_positions} to at most that",
                 param="max_model_len",
             )
         return base, 1.0

@@ -13,6 +13,7 @@ from octavo.quantization.method import QuantizationMethod
 from octavo.quantization.unquantized import Unquantized
 
 BLOCK_SIZE = 16
+torch.set_num_threads(1)  # threads cost more than they save on tiny models
 
 
 class PagedModel:
