@@ -44,9 +44,7 @@ class Reader(Generic[M]):
         """The message, or None when these bytes are none."""
         try:
             return self._decoder.decode(data)
-        except (
-            Exception
-        ) as error:  # process border: bytes can raise far more than DecodeError
+        except Exception as error:  # process border: bytes can raise far more than DecodeError
             self.num_dropped += 1
             if self.num_dropped & (self.num_dropped - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: no flood of lines
                 logger.warning(
