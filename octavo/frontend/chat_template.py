@@ -1,0 +1,370 @@
+"""Conversations to prompt text with a model's Jinja template, in a sandbox.
+
+Follows the conventions that authors of Hugging Face templates rely on: ``trim_blocks`` and ``lstrip_blocks``, loop
+controls, a plain ``tojson``, ``raise_exception``, ``strftime_now``, and the ``generation`` tag (of training, ignored).
+A template comes with a checkpoint and is not trusted: it runs sandboxed, may not grow text without bound, and sees
+only the variables below. CPU time is not bounded; templates out of requests are refused unless the caller allows them.
+
+Knows no tokenizer: the special tokens are given as text. Next: ``tokenizer.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from octavo.errors import ConfigError, InvalidRequestError
+
+MAX_RENDERED_CHARS = 64 << 20
+"""A conversation that becomes longer than this is refused; the longest contexts of today are a tenth of it."""
+MAX_TEMPLATE_CHARS = 4 << 20
+ROLES = frozenset({"system", "developer", "user", "assistant"})
+TOOL_ROLES = frozenset({"tool", "function"})
+MEDIA_PARTS = frozenset(
+    {"image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file"}
+)
+RESERVED_VARIABLES = frozenset(
+    {
+        "add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "conversation", "documents",
+        "eos_token", "messages", "pad_token", "raise_exception", "strftime_now", "tokenize", "tools", "unk_token",
+    }
+)  # fmt: skip
+_CONTINUE_MARK = "\ue000octavo-continue-here\ue001"
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}...{% endgeneration %}`` marks what a trainer learns from: here just its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _TemplateRefusedError(TemplateError):
+    """A template called ``raise_exception``."""
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with a bound on what one operator can make: ``"a" * 10**9`` never yields for others to count."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            for some, times in ((left, right), (right, left)):
+                if not isinstance(some, str | list | tuple) or not isinstance(times, int):
+                    continue
+                if len(cast("Sequence[object]", some)) * times > MAX_RENDERED_CHARS:
+                    raise SecurityError("the template repeats a text too often")
+        elif operator == "**" and not _small_power(left, right):
+            raise SecurityError("the template raises a number to too high a power")
+        elif operator == "%" and isinstance(left, str) and re.search(r"%[^a-zA-Z%]*(\d{5,}|\*)", left):
+            raise SecurityError("the template pads a text too far")
+        return super().call_binop(context, operator, left, right)
+
+
+def _small_power(base: object, exponent: object) -> bool:
+    return not isinstance(base, int) or not isinstance(exponent, int) or base.bit_length() * exponent <= 4096
+
+
+def _raise_exception(message: object) -> str:
+    raise _TemplateRefusedError(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own escapes <, > and & for HTML, which no model was trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _make_environment() -> _Environment:
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+    )
+    names = cast("Any", environment)  # jinja2 leaves the types of both tables open
+    names.filters["tojson"] = _tojson
+    names.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    return environment
+
+
+def read_chat_template(value: str) -> str:
+    """The template that ``--chat-template`` names: a file's content, or the value itself when it is a template.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if "{{" in value or "{%" in value:
+        return value
+    path = Path(value)
+    try:
+        if path.stat().st_size > MAX_TEMPLATE_CHARS:
+            raise ConfigError(
+                f"--chat-template: {value} is larger than {MAX_TEMPLATE_CHARS} bytes", param="chat_template"
+            )
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as exc:
+        if isinstance(exc, ConfigError):
+            raise
+        raise ConfigError(
+            f"--chat-template {value[:200]!r} is neither a file that can be read ({exc}) nor a Jinja template "
+            "(which would hold '{{' or '{%')",
+            param="chat_template",
+        ) from exc
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How to render one conversation."""
+
+    add_generation_prompt: bool = True
+    """End with the opening of the assistant's turn."""
+    continue_final_message: bool = False
+    """Leave the last message open, for the model to go on with it. Excludes ``add_generation_prompt``."""
+    chat_template: str | None = None
+    """Name of one of the tokenizer's templates, or a template; None for the default."""
+    content_format: str = "auto"
+    """``string`` (and ``auto``): text parts are joined by newlines; ``openai``: templates get lists of parts."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Further variables for the template, such as ``enable_thinking``."""
+
+
+class ChatTemplates:
+    """The templates of one tokenizer.
+
+    Args:
+        sources: Jinja text by name; the usual one is ``default``.
+        special_tokens: ``bos_token`` and so on, as text, for the templates' use.
+    """
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        self._sources = dict(sources)
+        self._special_tokens = dict(special_tokens)
+        self._environment = _make_environment()  # keeps the last 400 compiled templates itself
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the templates there are."""
+        return sorted(self._sources)
+
+    def source(self, chosen: str | None = None) -> str:
+        """Jinja text of a template.
+
+        Args:
+            chosen: A name, a template's own text, or None for the default.
+
+        Raises:
+            InvalidRequestError: There is none, or none of that name.
+        """
+        if chosen is not None:
+            if chosen in self._sources:
+                return self._sources[chosen]
+            if "{{" in chosen or "{%" in chosen:
+                return chosen
+            raise InvalidRequestError(
+                f"chat_template {chosen[:80]!r} is neither a Jinja template nor one of this model's: "
+                f"{', '.join(self.names) or 'it has none'}",
+                param="chat_template",
+            )
+        if "default" in self._sources:
+            return self._sources["default"]
+        if len(self._sources) == 1:
+            return next(iter(self._sources.values()))
+        if not self._sources:
+            raise InvalidRequestError(
+                "this model's tokenizer has no chat template, so a conversation cannot become a prompt: give one with "
+                "--chat-template FILE (LLM(chat_template=...)), or send plain text to the completions side",
+                param="chat_template",
+            )
+        raise InvalidRequestError(
+            f"this model has several chat templates ({', '.join(self.names)}) and none is the default: name one with "
+            "chat_template or --chat-template",
+            param="chat_template",
+        )
+
+    def render(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None) -> str:
+        """A conversation as the model wants to read it, special tokens included.
+
+        Args:
+            messages: Role and content each.
+            options: See ``ChatOptions``.
+
+        Raises:
+            InvalidRequestError: A message or an option cannot be honoured, or the template refuses the conversation.
+        """
+        options = options or ChatOptions()
+        _check_options(options)
+        source = self.source(options.chat_template)
+        conversation = check_messages(messages, keep_parts=options.content_format == "openai")
+        if "developer" not in source:
+            for message in conversation:  # OpenAI's newer word for the same thing
+                if message["role"] == "developer":
+                    message["role"] = "system"
+        if options.continue_final_message:
+            _mark_end(conversation[-1])
+        variables: dict[str, Any] = {
+            **self._special_tokens,
+            **options.template_kwargs,
+            "messages": conversation,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": options.add_generation_prompt,
+        }
+        text = self._run(source, variables)
+        if not options.continue_final_message:
+            return text
+        end = text.rfind(_CONTINUE_MARK)
+        if end < 0:
+            raise InvalidRequestError(
+                "continue_final_message: the chat template does not show the last message's content, so it cannot be "
+                "continued",
+                param="continue_final_message",
+            )
+        return text[:end].replace(_CONTINUE_MARK, "")
+
+    def _run(self, source: str, variables: dict[str, Any]) -> str:
+        parts: list[str] = []
+        size = 0
+        try:
+            for part in self._environment.from_string(source).generate(variables):
+                size += len(part)
+                if size > MAX_RENDERED_CHARS:
+                    raise InvalidRequestError(
+                        f"the rendered conversation is longer than {MAX_RENDERED_CHARS} characters", param="messages"
+                    )
+                parts.append(part)
+        except _TemplateRefusedError as exc:
+            raise InvalidRequestError(f"the chat template refuses this conversation: {exc}", param="messages") from exc
+        except TemplateSyntaxError as exc:
+            raise InvalidRequestError(
+                f"the chat template is not valid Jinja: line {exc.lineno}: {exc.message}", param="chat_template"
+            ) from exc
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as exc:
+            if isinstance(exc, InvalidRequestError):
+                raise
+            raise InvalidRequestError(
+                f"the chat template failed on this conversation: {type(exc).__name__}: {exc}", param="messages"
+            ) from exc
+        return "".join(parts)
+
+
+def _check_options(options: ChatOptions) -> None:
+    if options.add_generation_prompt and options.continue_final_message:
+        raise InvalidRequestError(
+            "add_generation_prompt and continue_final_message exclude each other: the first opens a new turn, the "
+            "second leaves the last one open; set add_generation_prompt to false",
+            param="continue_final_message",
+        )
+    if options.content_format not in ("auto", "string", "openai"):
+        raise InvalidRequestError(
+            f"chat_template_content_format is {options.content_format!r}, but must be auto, string or openai",
+            param="chat_template_content_format",
+        )
+    for name in options.template_kwargs:
+        if name in RESERVED_VARIABLES:
+            raise InvalidRequestError(
+                f"chat_template_kwargs may not set {name!r}: it is a variable or option of its own",
+                param="chat_template_kwargs",
+            )
+
+
+def check_messages(messages: object, *, keep_parts: bool = False) -> list[dict[str, Any]]:
+    """Copies of the messages, each with a known role and with content that is text.
+
+    Args:
+        messages: What the caller gave.
+        keep_parts: Give content as a list of text parts instead of one string.
+
+    Raises:
+        InvalidRequestError: ``param`` names the field, such as ``messages[2].content[0]``.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise InvalidRequestError("messages must be a list of objects with role and content", param="messages")
+    if not messages:
+        raise InvalidRequestError("messages is empty; a conversation needs at least one message", param="messages")
+    return [
+        _check_message(message, f"messages[{index}]", keep_parts)
+        for index, message in enumerate(cast("Sequence[object]", messages))
+    ]
+
+
+def _check_message(message: object, where: str, keep_parts: bool) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise InvalidRequestError(f"{where} must be an object with role and content", param=where)
+    copy: dict[str, Any] = {str(key): value for key, value in cast("Mapping[object, Any]", message).items()}
+    role = copy.get("role")
+    if role in TOOL_ROLES or copy.get("tool_calls") or copy.get("function_call"):
+        param = f"{where}.role" if role in TOOL_ROLES else f"{where}.tool_calls"
+        raise InvalidRequestError(f"{where}: tool calls are not supported by this version of Octavo yet", param=param)
+    if not isinstance(role, str) or role not in ROLES:
+        raise InvalidRequestError(
+            f"{where}.role is {str(role)[:40]!r}, but must be one of {', '.join(sorted(ROLES))}", param=f"{where}.role"
+        )
+    content = copy.get("content")
+    if isinstance(content, str):
+        texts = [content]
+    elif isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
+        parts = cast("Sequence[object]", content)
+        texts = [_part_text(part, f"{where}.content[{index}]") for index, part in enumerate(parts)]
+    else:
+        raise InvalidRequestError(f"{where}.content must be a string or a list of text parts", param=f"{where}.content")
+    copy["content"] = [{"type": "text", "text": text} for text in texts] if keep_parts else "\n".join(texts)
+    return copy
+
+
+def _part_text(part: object, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise InvalidRequestError(f"{where} must be a text part: {{'type': 'text', 'text': ...}}", param=where)
+    fields = cast("Mapping[str, object]", part)
+    kind = fields.get("type")
+    text = fields.get("text")
+    if kind in ("text", "input_text") and isinstance(text, str):
+        return text
+    if kind in MEDIA_PARTS:
+        raise InvalidRequestError(f"{where}: this model reads text only; {kind} parts cannot be used", param=where)
+    raise InvalidRequestError(
+        f"{where} has type {str(kind)[:40]!r}, but must be a text part: {{'type': 'text', 'text': ...}}", param=where
+    )
+
+
+def _mark_end(message: dict[str, Any]) -> None:
+    """Put a mark behind the content, so that the place is found whatever the template writes around it."""
+    content = message["content"]
+    if isinstance(content, str):
+        message["content"] = content + _CONTINUE_MARK
+    else:
+        parts = cast("list[dict[str, str]]", content)
+        if not parts:
+            raise InvalidRequestError("continue_final_message: the last message is empty", param="messages")
+        parts[-1]["text"] += _CONTINUE_MARK

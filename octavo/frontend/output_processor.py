@@ -1,0 +1,338 @@
+"""What the core produced to what the caller sees: text, logprobs, finish reasons, ``n`` answers in one output.
+
+Owns the frontend's state of every unfinished request. Used from one thread (the client's). Knows no sockets: it is
+given lists of ``EngineCoreOutput`` and returns ``RequestOutput`` plus the core ids to abort because a stop string
+fired. Text is made in ``detokenizer.py``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from octavo.errors import InvalidRequestError
+from octavo.frontend.detokenizer import Detokenizer
+from octavo.frontend.input_processor import ProcessedRequest
+from octavo.frontend.tokenizer import Tokenizer
+from octavo.messages import EngineCoreOutput, FinishReason, Logprobs, RequestTimings
+from octavo.outputs import (
+    CompletionOutput,
+    FlatLogprobs,
+    Logprob,
+    LogprobsOnePosition,
+    PromptLogprobs,
+    RequestOutput,
+    RequestStateStats,
+    SampleLogprobs,
+)
+from octavo.sampling_params import RequestOutputKind, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessedOutputs:
+    """One batch of the core's outputs, as the callers see it."""
+
+    request_outputs: list[RequestOutput]
+    """At most one per request."""
+    abort_ids: list[str]
+    """Core request ids that a stop string ended here and that the core still runs."""
+
+
+class _LogprobColumns:
+    """Log-probabilities that grow, as dicts or flat."""
+
+    def __init__(self, flat: bool, decode_token: Callable[[int], str] | None) -> None:
+        self._decode = decode_token
+        self._dicts: list[LogprobsOnePosition | None] = []
+        self._flat = FlatLogprobs(decode_token) if flat else None
+
+    def __len__(self) -> int:
+        return len(self._dicts) if self._flat is None else len(self._flat)
+
+    def append_none(self) -> None:
+        """A position about which nothing is known."""
+        if self._flat is None:
+            self._dicts.append(None)
+        else:
+            self._flat.append_position((), (), ())
+
+    def extend(self, columns: Logprobs, num_positions: int, num_named: int) -> None:
+        """Append the first positions of ``columns``, of whose ids the last ``num_named`` were asked for by name."""
+        for position in range(num_positions):
+            self._append(columns.token_ids[position], columns.logprobs[position], columns.ranks[position], num_named)
+
+    def _append(self, token_ids: list[int], logprobs: list[float], rank: int, num_named: int) -> None:
+        # Ids may repeat (the sampled one is often the top one): the first mention gives the rank that is known best.
+        num_ranked = len(token_ids) - num_named
+        entries: dict[int, tuple[float, int | None]] = {token_ids[0]: (logprobs[0], rank)}
+        for i in range(1, len(token_ids)):
+            entries.setdefault(token_ids[i], (logprobs[i], i if i < num_ranked else None))
+        if self._flat is not None:
+            values = entries.values()
+            self._flat.append_position(list(entries), [value[0] for value in values], [value[1] for value in values])
+            return
+        decode = self._decode
+        self._dicts.append(
+            {
+                token_id: Logprob(logprob, its_rank, None if decode is None else decode(token_id))
+                for token_id, (logprob, its_rank) in entries.items()
+            }
+        )
+
+    def since(self, start: int) -> SampleLogprobs:
+        """A copy of the positions from ``start`` on."""
+        return self._dicts[start:] if self._flat is None else self._flat[start:]
+
+
+class _Answer:
+    """One of the n sequences of a request."""
+
+    def __init__(self, request: _Request, index: int, detokenizer: Detokenizer) -> None:
+        params = request.params
+        self.request = request
+        self.index = index
+        self.detokenizer = detokenizer
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.error: str | None = None
+        self.timings: RequestTimings | None = None
+        self._hides_stop_token = not params.include_stop_str_in_output
+        self._num_named = len(dict.fromkeys(params.logprob_token_ids or ()))
+        wants_logprobs = params.logprobs is not None or self._num_named > 0
+        self._logprobs = _LogprobColumns(params.flat_logprobs, request.decode_token) if wants_logprobs else None
+        self._cumulative_logprob = 0.0
+        self._num_given = 0
+        self.is_new = False
+        """Whether there is something that no RequestOutput has shown yet."""
+
+    def apply(self, output: EngineCoreOutput) -> bool:
+        """Take in what one step added.
+
+        Returns:
+            Whether a stop string ended the answer while the core goes on with it.
+        """
+        detokenizer = self.detokenizer
+        reason = output.finish_reason
+        num_before = len(detokenizer.token_ids)
+        stop = detokenizer.push(output.new_token_ids, hide_last=reason is FinishReason.STOP and self._hides_stop_token)
+        if stop is None and reason is not None:
+            stop = detokenizer.finish()
+        num_new = len(detokenizer.token_ids) - num_before
+        if output.logprobs is not None and self._logprobs is not None:
+            self._logprobs.extend(output.logprobs, num_new, self._num_named)
+            self._cumulative_logprob += sum(row[0] for row in output.logprobs.logprobs[:num_new])
+        if stop is not None and reason is not FinishReason.ERROR:
+            self.finish_reason, self.stop_reason = FinishReason.STOP, stop
+        elif reason is not None:
+            self.finish_reason, self.stop_reason = reason, output.stop_reason
+            self.error = output.error
+        self.timings = output.timings
+        self.is_new = self.is_new or num_new > 0 or self.finish_reason is not None
+        return self.finish_reason is not None and reason is None
+
+    def completion(self, *, delta: bool) -> CompletionOutput:
+        """What to show now: all, or what is new."""
+        detokenizer = self.detokenizer
+        start = self._num_given if delta else 0
+        output = CompletionOutput(
+            index=self.index,
+            text=detokenizer.take_delta() if delta else detokenizer.text(),
+            token_ids=detokenizer.token_ids[start:],
+            cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
+            logprobs=None if self._logprobs is None else self._logprobs.since(start),
+            finish_reason=None if self.finish_reason is None else self.finish_reason.value,
+            stop_reason=self.stop_reason,
+            error=self.error,
+        )
+        self._num_given = len(detokenizer.token_ids)
+        self.is_new = False
+        return output
+
+
+class _Request:
+    """One prompt and its answers."""
+
+    def __init__(self, processed: ProcessedRequest, tokenizer: Tokenizer | None) -> None:
+        params = processed.params
+        self.processed = processed
+        self.params = params
+        self.decode_token = tokenizer.token_text if tokenizer is not None and params.detokenize else None
+        self.answers = [_Answer(self, index, _detokenizer(processed, params, tokenizer)) for index in range(params.n)]
+        self.stats = RequestStateStats(arrival_time=processed.arrival_time_s)
+        self.num_cached_tokens: int | None = None
+        self._prompt_logprobs: _LogprobColumns | None = None
+        self._prompt_logprobs_shown = False
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs = _LogprobColumns(params.flat_logprobs, self.decode_token)
+            self._prompt_logprobs.append_none()
+
+    @property
+    def is_finished(self) -> bool:
+        return all(answer.finish_reason is not None for answer in self.answers)
+
+    def note(self, answer: _Answer, output: EngineCoreOutput, now_s: float) -> None:
+        """Take in what belongs to the request as a whole."""
+        if answer.index == 0:
+            self.num_cached_tokens = max(self.num_cached_tokens or 0, output.num_cached_tokens)
+            if output.prompt_logprobs is not None and self._prompt_logprobs is not None:
+                columns = output.prompt_logprobs
+                self._prompt_logprobs.extend(columns, len(columns.token_ids), 0)
+        stats = self.stats
+        if output.new_token_ids:
+            stats.last_token_ts = time.monotonic()
+            if not stats.first_token_ts:
+                stats.first_token_ts = stats.last_token_ts
+                stats.first_token_latency = now_s - stats.arrival_time
+
+    def output(self) -> RequestOutput | None:
+        """What the caller gets after this batch; None when there is nothing to show."""
+        finished = self.is_finished
+        kind = self.params.output_kind
+        if kind is RequestOutputKind.FINAL_ONLY and not finished:
+            return None
+        delta = kind is RequestOutputKind.DELTA
+        shown = [answer for answer in self.answers if answer.is_new] if delta else self.answers
+        if not any(answer.is_new for answer in shown):
+            return None
+        outputs = [answer.completion(delta=delta) for answer in shown]
+        self._count(finished)
+        return RequestOutput(
+            request_id=self.processed.request_id,
+            prompt=self.processed.prompt,
+            prompt_token_ids=self.processed.prompt_token_ids,
+            prompt_logprobs=self._show_prompt_logprobs(delta),
+            outputs=outputs,
+            finished=finished,
+            metrics=self.stats,
+            num_cached_tokens=self.num_cached_tokens,
+        )
+
+    def _show_prompt_logprobs(self, delta: bool) -> PromptLogprobs | None:
+        """All of them once they are complete; under DELTA in one output only."""
+        columns = self._prompt_logprobs
+        if columns is None or len(columns) < len(self.processed.prompt_token_ids):
+            return None
+        if delta and self._prompt_logprobs_shown:
+            return None
+        self._prompt_logprobs_shown = True
+        return columns.since(0)
+
+    def _count(self, finished: bool) -> None:
+        stats = self.stats
+        stats.num_generation_tokens = sum(len(answer.detokenizer.token_ids) for answer in self.answers)
+        if not finished:
+            return
+        timings = [answer.timings for answer in self.answers if answer.timings is not None]
+        stats.is_corrupted = any(answer.finish_reason is FinishReason.ERROR for answer in self.answers)
+        if timings:
+            stats.queued_ts = min(one.queued_s for one in timings)
+            stats.scheduled_ts = min((one.scheduled_s for one in timings if one.scheduled_s), default=0.0)
+            stats.num_preemptions = sum(one.num_preemptions for one in timings)
+        if len(timings) == len(self.answers):  # else an answer ended here, and the core's times lack it
+            stats.first_token_ts = min((one.first_token_s for one in timings if one.first_token_s), default=0.0)
+            stats.last_token_ts = max(one.last_token_s for one in timings)
+
+
+def _detokenizer(processed: ProcessedRequest, params: SamplingParams, tokenizer: Tokenizer | None) -> Detokenizer:
+    stream = None
+    if tokenizer is not None and params.detokenize:
+        stream = tokenizer.stream(
+            processed.prompt_token_ids,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
+    return Detokenizer(
+        stream,
+        params.stop_strings,
+        include_stop=params.include_stop_str_in_output,
+        min_tokens=params.min_tokens,
+    )
+
+
+class OutputProcessor:
+    """The unfinished requests of one client.
+
+    Args:
+        tokenizer: None under ``skip_tokenizer_init``: outputs have ids and no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._requests: dict[str, _Request] = {}
+        self._answers: dict[str, _Answer] = {}
+        """By core request id; unfinished ones only."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that will produce more output."""
+        return len(self._requests)
+
+    @property
+    def unfinished_ids(self) -> list[str]:
+        """Their ids, oldest first."""
+        return list(self._requests)
+
+    def register(self, processed: ProcessedRequest) -> None:
+        """Expect outputs for a request; call before its core requests are sent.
+
+        Raises:
+            InvalidRequestError: An unfinished request has this id.
+        """
+        core_ids = [request.request_id for request in processed.core_requests]
+        if processed.request_id in self._requests or any(core_id in self._answers for core_id in core_ids):
+            raise InvalidRequestError(
+                f"request_id {processed.request_id[:80]!r} belongs to a request that is still running",
+                param="request_id",
+            )
+        request = _Request(processed, self._tokenizer)
+        self._requests[processed.request_id] = request
+        self._answers.update(zip(core_ids, request.answers, strict=True))
+
+    def core_ids(self, request_id: str) -> list[str]:
+        """Core ids of a request's unfinished answers: what to abort. Empty for a request that is not known (any
+        more)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        return [core.request_id for core in request.processed.core_requests if core.request_id in self._answers]
+
+    def forget(self, request_ids: Iterable[str]) -> list[str]:
+        """Expect nothing more for these requests: their callers are gone. Late outputs are dropped.
+
+        Returns:
+            Core ids to abort.
+        """
+        forgotten: list[str] = []
+        for request_id in request_ids:
+            forgotten.extend(self.core_ids(request_id))
+            self._requests.pop(request_id, None)
+        for core_id in forgotten:
+            del self._answers[core_id]
+        return forgotten
+
+    def process(self, outputs: Sequence[EngineCoreOutput]) -> ProcessedOutputs:
+        """Take in what the core sent. Outputs for requests that are not known (any more) are dropped."""
+        now_s = time.time()
+        touched: dict[str, _Request] = {}
+        abort_ids: list[str] = []
+        for output in outputs:
+            answer = self._answers.get(output.request_id)
+            if answer is None:
+                continue
+            request = answer.request
+            request.note(answer, output, now_s)
+            if answer.apply(output):
+                abort_ids.append(output.request_id)
+            if answer.finish_reason is not None:
+                del self._answers[output.request_id]
+            touched[request.processed.request_id] = request
+        request_outputs: list[RequestOutput] = []
+        for request_id, request in touched.items():
+            made = request.output()
+            if made is None:
+                continue
+            request_outputs.append(made)
+            if made.finished:
+                del self._requests[request_id]
+        return ProcessedOutputs(request_outputs, abort_ids)
