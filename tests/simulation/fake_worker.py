@@ -28,6 +28,11 @@ def extend_history(history: int, token_id: int) -> int:
     return hash((history, token_id))
 
 
+def first_history(sampling: ResolvedSampling, *, by_seed: bool) -> int:
+    """The history before the first token. ``by_seed``: the seed stands for what must keep caches apart (a salt)."""
+    return extend_history(_EMPTY_HISTORY, sampling.seed) if by_seed else _EMPTY_HISTORY
+
+
 def next_token(history: int, vocab_size: int) -> int:
     """What the fake model samples after this history."""
     return (history >> 7) % vocab_size
@@ -56,11 +61,14 @@ class _Row:
     num_prompt_tokens: int
     num_computed_tokens: int
     tables: list[list[int]]
+    first_history: int
     histories: list[int] = field(default_factory=list[int])
     """One per token of ``token_ids``."""
+    has_failed: bool = False
+    """Sampling failed: the row is still in plans that were made before the core knew; what it does is ignored."""
 
     def append(self, token_id: int) -> None:
-        before = self.histories[-1] if self.histories else _EMPTY_HISTORY
+        before = self.histories[-1] if self.histories else self.first_history
         self.token_ids.append(token_id)
         self.histories.append(extend_history(before, token_id))
 
@@ -77,6 +85,7 @@ class FakeWorker:
         error_when: Callable[[int], bool] = never,
         max_num_rows: int | None = None,
         max_num_tokens: int | None = None,
+        history_by_seed: bool = False,
     ) -> None:
         """
         Args:
@@ -86,6 +95,8 @@ class FakeWorker:
             error_when: Given the history that a token would be sampled from; true = that request fails.
             max_num_rows: Most rows at once, checked.
             max_num_tokens: Most tokens in one step, checked.
+            history_by_seed: Histories of different ``sampling.seed`` differ: a test that gives each cache salt a seed
+                of its own sees any block that crosses from one salt to another.
         """
         self.kv_spec = kv_spec
         self.vocab_size = vocab_size
@@ -95,6 +106,7 @@ class FakeWorker:
         self._error_when = error_when
         self._max_num_rows = max_num_rows
         self._max_num_tokens = max_num_tokens
+        self._history_by_seed = history_by_seed
         self._rows: dict[int, _Row] = {}
         self._memory: list[list[int | None]] = []
 
@@ -150,7 +162,12 @@ class FakeWorker:
         _require(len(new.block_ids) == len(self.kv_spec.groups), "one table per KV group")
         _require(0 <= new.num_computed_tokens < len(new.token_ids), "a hit may not cover every known token")
         row = _Row(
-            new.sampling, [], new.num_prompt_tokens, new.num_computed_tokens, [list(ids) for ids in new.block_ids]
+            new.sampling,
+            [],
+            new.num_prompt_tokens,
+            new.num_computed_tokens,
+            [list(ids) for ids in new.block_ids],
+            first_history(new.sampling, by_seed=self._history_by_seed),
         )
         for token_id in new.token_ids:
             row.append(token_id)
@@ -199,6 +216,11 @@ class FakeWorker:
 
     def _run_row(self, index: int, row_id: int, count: int, result: ModelRunnerOutput) -> None:
         row = self._rows[row_id]
+        if row.has_failed:
+            result.token_ids.append([])
+            result.logprobs.append(None)
+            result.prompt_logprobs.append(None)
+            return
         start = row.num_computed_tokens
         end = start + count
         _require(count >= 1, f"row {row_id} runs {count} tokens")
@@ -217,6 +239,7 @@ class FakeWorker:
             return
         history = row.histories[-1]
         if self._error_when(history):
+            row.has_failed = True
             result.errors[index] = f"fake error at {len(row.token_ids)} tokens"
             return
         row.append(next_token(history, self.vocab_size))
@@ -262,9 +285,10 @@ def reference_outputs(
     vocab_size: int,
     max_model_len: int,
     error_when: Callable[[int], bool] = never,
+    history_by_seed: bool = False,
 ) -> ReferenceOutput:
     """Generate one request alone, from the definition of the fake model and of the stop rules only."""
-    history = _EMPTY_HISTORY
+    history = first_history(sampling, by_seed=history_by_seed)
     prompt_logprobs: list[float] = []
     for position, token_id in enumerate(prompt_token_ids):
         history = extend_history(history, token_id)

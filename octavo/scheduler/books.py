@@ -1,0 +1,163 @@
+"""Books: which request is where, which rows are free, and the counters that people see.
+
+Every change of a request's status is a method here, so that rows, blocks, queue and counters always move together.
+Decides nothing: who runs is decided in ``scheduler.py``, who has finished in ``update.py``.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+import msgspec
+
+from octavo.kv_cache.manager import KVCacheManager, PrefixHit
+from octavo.messages import EngineSnapshot, FinishReason
+from octavo.scheduler.policy import SchedulingPolicy
+from octavo.scheduler.request import Request, RequestStatus
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What the core remembers of a plan until its result comes back. Parallel lists in batch order."""
+
+    requests: list[Request]
+    starts: list[int]
+    """Position of the first token that the request runs in this step."""
+    preemptions: list[int]
+    """``num_preemptions`` when planned: if it has grown since, the step's KV is gone, but not its token."""
+
+
+class Books:
+    """The state shared by planning and updating.
+
+    Attributes:
+        running: Requests with a row, by the policy's rank.
+        waiting: Requests without one, by id; their order is the policy's.
+        in_flight: Plans not come back yet, by step id, in order.
+        removed_rows: Rows given up since the last plan.
+        counters: The growing numbers of ``EngineSnapshot``; its gauges are filled in by ``snapshot``.
+    """
+
+    def __init__(self, kv_cache: KVCacheManager, policy: SchedulingPolicy, max_num_rows: int) -> None:
+        self.kv_cache = kv_cache
+        self.policy = policy
+        self.requests: dict[str, Request] = {}
+        self.running: list[Request] = []
+        self.waiting: dict[str, Request] = {}
+        self.num_waiting_tokens = 0
+        self.in_flight: dict[int, StepRecord] = {}
+        self.removed_rows: list[int] = []
+        self.counters = EngineSnapshot(time_s=0.0)
+        self._max_num_rows = max_num_rows
+        self._free_rows = list(range(max_num_rows - 1, -1, -1))
+
+    @property
+    def has_free_row(self) -> bool:
+        """Whether one more request could run."""
+        return bool(self._free_rows)
+
+    # ------------------------------------------------------------------------------------------- status, one by one
+
+    def enqueue(self, request: Request) -> None:
+        """New, or preempted: it waits now."""
+        self.requests[request.request_id] = request
+        self.waiting[request.request_id] = request
+        self.num_waiting_tokens += len(request.token_ids)
+        self.policy.add(request)
+
+    def admit(self, request: Request, hit: PrefixHit, now_s: float) -> None:
+        """Waiting to running: gets a row; its blocks have been started by the caller."""
+        self._leave_queue(request)
+        request.status = RequestStatus.RUNNING
+        request.row = self._free_rows.pop()
+        request.num_computed_tokens = hit.num_tokens
+        insort(self.running, request, key=self.policy.rank)
+        if request.timings.scheduled_s == 0.0:
+            request.timings.scheduled_s = now_s
+            request.num_cached_tokens = hit.num_tokens
+            if request.may_read_prefix_cache:
+                self.counters.prefix_queries += request.num_prompt_tokens
+                self.counters.prefix_hits += hit.num_tokens
+            self.policy.on_tokens(request.tenant, request.num_prompt_tokens - hit.num_tokens, 0)
+
+    def preempt(self, request: Request) -> None:
+        """Running to waiting: row and blocks are given up, known tokens are kept and computed again."""
+        self._leave_device(request)
+        request.status = RequestStatus.WAITING
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.counters.num_preemptions += 1
+        self.enqueue(request)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """Out of the books, from wherever it was; tokens in flight are dropped when they come back."""
+        if reason is FinishReason.ERROR:
+            # What made it fail (a NaN, say) may stand in its blocks: nobody else shall read them.
+            self.kv_cache.distrust(request.blocks)
+        if request.status is RequestStatus.RUNNING:
+            self._leave_device(request)
+        else:
+            self._leave_queue(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        request.timings.num_preemptions = request.num_preemptions
+        del self.requests[request.request_id]
+        finished = self.counters.finished
+        finished[reason.value] = finished.get(reason.value, 0) + 1
+
+    def _leave_queue(self, request: Request) -> None:
+        del self.waiting[request.request_id]
+        self.num_waiting_tokens -= len(request.token_ids)
+        self.policy.remove(request)
+
+    def _leave_device(self, request: Request) -> None:
+        self.running.remove(request)
+        self.kv_cache.free(request.blocks)
+        self.removed_rows.append(request.row)
+        self._free_rows.append(request.row)
+        request.row = -1
+
+    # -------------------------------------------------------------------------------------------------------- numbers
+
+    def snapshot(self, now_s: float) -> EngineSnapshot:
+        """A copy of the counters with the gauges of this moment."""
+        return msgspec.structs.replace(
+            self.counters,
+            time_s=now_s,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_blocks=self.kv_cache.num_blocks,
+            num_free_blocks=self.kv_cache.num_free_blocks,
+            num_cached_blocks=self.kv_cache.num_cached_blocks,
+            finished=dict(self.counters.finished),
+            tenant_tokens=dict(self.counters.tenant_tokens),
+        )
+
+    def check(self) -> None:
+        """Every request in exactly one place, every row and block accounted for.
+
+        Raises:
+            AssertionError: A book does not add up; the message says which.
+
+        Cost: linear in blocks, requests and queued requests: for when the engine idles, and for tests.
+        """
+        for request in self.running:
+            assert request.status is RequestStatus.RUNNING, f"{request.request_id} runs, status {request.status}"
+            planned = request.num_computed_tokens + request.num_in_flight_tokens
+            assert planned <= request.blocks.num_slots, f"{request.request_id} has {planned} tokens planned, no slots"
+            assert request.num_computed_tokens <= len(request.token_ids), f"{request.request_id} computed the unknown"
+        for request in self.waiting.values():
+            assert request.status is RequestStatus.WAITING, f"{request.request_id} waits, status {request.status}"
+            assert request.row == -1 and not request.blocks.num_slots, f"{request.request_id} waits with row or blocks"
+        places = [request.request_id for request in self.running] + list(self.waiting)
+        assert sorted(places) == sorted(self.requests), "a request is in two places or in none"
+        queued = sum(len(request.token_ids) for request in self.waiting.values())
+        assert queued == self.num_waiting_tokens, f"{queued} tokens wait, {self.num_waiting_tokens} counted"
+        assert (self.policy.peek() is None) == (not self.waiting), "the policy's queue and the books disagree"
+        rows = sorted([request.row for request in self.running] + self._free_rows)
+        assert rows == list(range(self._max_num_rows)), f"rows are lost or doubled: {rows}"
+        if not self.in_flight:
+            late = [request.request_id for request in self.requests.values() if request.num_in_flight_tokens]
+            assert not late, f"nothing is in flight, but {late} wait for results"
+        self.kv_cache.check(request.blocks for request in self.running)
