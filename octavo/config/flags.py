@@ -12,7 +12,6 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -145,7 +144,7 @@ def add_engine_flags(parser: FlagParser) -> None:
 
     A short spelling that the command already uses, such as ``-q``, stays the command's.
     """
-    taken = parser.flags()
+    taken, defaults = parser.flags(), EngineArgs()
     general = parser.add_argument_group("Where settings come from")
     general.add_argument(
         "--config", metavar="FILE", help="A YAML or JSON file with settings under the flags' names; flags win."
@@ -155,7 +154,7 @@ def add_engine_flags(parser: FlagParser) -> None:
     for name, setting in settings_of(EngineArgs).items():
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
-        _add_flag(groups[setting.group], name, setting, taken)
+        add_setting_flag(groups[setting.group], name, setting, taken, getattr(defaults, name))
 
 
 def engine_args_from(namespace: argparse.Namespace) -> EngineArgs:
@@ -201,14 +200,17 @@ def to_argv(args: EngineArgs) -> list[str]:
     return argv
 
 
-def default_of(name: str) -> object:
-    """Default of a field of EngineArgs."""
-    return next(getattr(EngineArgs(), field.name) for field in fields(EngineArgs) if field.name == name)
+def add_setting_flag(group: Any, name: str, setting: Setting, taken: Collection[str], default: object = None) -> None:
+    """Give an argument group the flag of one setting. The parsed value is text, for ``Setting.check``.
 
-
-def _add_flag(group: Any, name: str, setting: Setting, taken: Collection[str]) -> None:
+    Args:
+        group: Of argparse.
+        name: The setting's; absent from the namespace unless the flag is given.
+        setting: Kind, help and bounds.
+        taken: Spellings in use, left out.
+        default: Shown in the help text where that names none.
+    """
     spellings = [*(short for short in setting.short if short not in taken), "--" + name.replace("_", "-")]
-    default = default_of(name)
     shown = "" if "efault:" in setting.help or default in (None, (), {}) else f" Default: {_shown_default(default)}."
     if setting.choices and not setting.open_choices and setting.kind == "text":
         shown = f" One of {', '.join(setting.choices)}." + shown

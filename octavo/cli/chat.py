@@ -1,0 +1,279 @@
+"""``octavo chat``: a conversation with a model in the terminal, in this process.
+
+Each turn sends the whole conversation; the engine's prefix cache answers for everything but the newest message. On a
+terminal there is line editing with history, and Ctrl-C stops an answer without leaving. Through a pipe each line of
+standard input is a message, and stdout carries the answers only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from octavo.cli.common import add_output_flags, add_sampling_flags, describe_reply, sampling_from, set_up, start, tell
+from octavo.cli.session import Answer, MakeSession, Reply, Session
+from octavo.cli.terminal import printable
+from octavo.config.flags import FlagParser, add_engine_flags, engine_args_from
+from octavo.errors import ConfigError, ContextLengthError, EngineDeadError, OctavoError
+from octavo.sampling_params import SamplingParams
+from octavo.utils.logging import use_colour
+from octavo.utils.text import did_you_mean, format_count, plural
+
+PROG = "octavo chat"
+DESCRIPTION = "Talk with a model. Type /help for commands; Ctrl-C stops an answer, Ctrl-D leaves."
+HELP = """\
+/help            this list
+/reset           forget the conversation (the system message stays)
+/system [TEXT]   show or replace the system message; begins a new conversation
+/save FILE       write the conversation as JSON
+/exit            leave; so does Ctrl-D
+\\ at a line's end  go on with the message on the next line
+Ctrl-C           stop an answer; what has come of it stays in the conversation"""
+COMMANDS = ("/help", "/reset", "/system", "/save", "/exit", "/quit")
+MIN_ANSWER_TOKENS = 64
+"""Oldest turns are dropped until at least this much of the context is left for the answer."""
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Messages so far, and the system message before them."""
+
+    system: str | None
+    turns: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """As the chat template takes them."""
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        return [*first, *self.turns]
+
+    def drop_oldest(self) -> int:
+        """Forget the oldest message and the answer to it; returns how many messages went."""
+        keep = next((i for i in range(1, len(self.turns)) if self.turns[i]["role"] == "user"), None)
+        if keep is None:
+            return 0
+        del self.turns[:keep]
+        return keep
+
+
+def main(argv: Sequence[str], make_session: MakeSession | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = make_parser()
+    namespace = parser.parse(argv)
+    set_up(namespace, parser)
+    args = engine_args_from(namespace)
+    sampling_from(namespace, {})  # a wrong value is told before the model is loaded
+    session = start(args, namespace.quiet, make_session)
+    try:
+        return ChatLoop(session, namespace).run()
+    finally:
+        session.close()
+
+
+def make_parser() -> FlagParser:
+    """The command's flags."""
+    parser = FlagParser(prog=PROG, description=DESCRIPTION)
+    group = parser.add_argument_group("Conversation")
+    group.add_argument("--system", "--system-prompt", metavar="TEXT", help="Instructions to the model.")
+    group.add_argument(
+        "--history-file", metavar="FILE", help="Where typed lines are remembered. Default: in memory only."
+    )
+    add_output_flags(parser)
+    add_sampling_flags(parser)
+    add_engine_flags(parser)
+    return parser
+
+
+class ChatLoop:
+    """Reads messages, writes answers, until the user leaves."""
+
+    def __init__(self, session: Session, namespace: argparse.Namespace) -> None:
+        """
+        Args:
+            session: A running engine.
+            namespace: The parsed flags.
+
+        Raises:
+            ConfigError: The model has no chat template, or a sampling flag is wrong.
+        """
+        if not session.has_chat_template:
+            raise ConfigError(
+                "the model has no chat template: give one with --chat-template, or use 'octavo generate --raw'",
+                param="chat_template",
+            )
+        self._session = session
+        self._params = sampling_from(namespace, session.ready.config.frontend.sampling_defaults)
+        self._conversation = Conversation(namespace.system)
+        self._is_quiet: bool = namespace.quiet
+        self._is_terminal = sys.stdin.isatty()
+        self._history = _History(namespace.history_file) if self._is_terminal else None
+
+    def run(self) -> int:
+        """The loop; returns the exit status."""
+        if self._is_terminal and not self._is_quiet:
+            tell("Type a message; /help shows the commands.")
+        status = 0
+        while (line := self._read()) is not None:
+            text = line.strip()
+            if text in ("/exit", "/quit"):
+                break
+            if text.startswith("/"):
+                self._command(text)
+            elif text:
+                status = self._turn(text)
+        if self._history is not None:
+            self._history.save()
+        return 0 if self._is_terminal else status
+
+    def _read(self) -> str | None:
+        """The next line, None at the end."""
+        if not self._is_terminal:
+            return sys.stdin.readline() or None
+        prompt = "\x01\x1b[1m\x02>\x01\x1b[0m\x02 " if use_colour(sys.stdout) else "> "
+        try:
+            line = input(prompt)
+            while line.endswith("\\"):
+                line = line[:-1] + "\n" + input("  ")
+            return line
+        except EOFError:
+            sys.stdout.write("\n")
+            return None
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            tell("(/exit or Ctrl-D leaves)")
+            return ""
+
+    def _command(self, text: str) -> None:
+        name, _, rest = text.partition(" ")
+        rest = rest.strip()
+        match name:
+            case "/help":
+                tell(HELP)
+            case "/reset":
+                self._conversation.turns.clear()
+                tell("conversation forgotten")
+            case "/system" if not rest:
+                tell(self._conversation.system or "(no system message)")
+            case "/system":
+                self._conversation = Conversation(rest)
+                tell("system message set; a new conversation begins")
+            case "/save":
+                self._save(rest)
+            case _:
+                tell(f"unknown command {name}.{did_you_mean(name, COMMANDS)} /help shows them all.")
+
+    def _save(self, file: str) -> None:
+        if not file:
+            tell("/save needs a file name")
+            return
+        try:
+            content = json.dumps(self._conversation.messages, ensure_ascii=False, indent=2)
+            Path(file).expanduser().write_text(content + "\n", encoding="utf-8")
+        except OSError as error:
+            tell(f"cannot write {file}: {error.strerror or error}")
+        else:
+            tell(f"{plural(len(self._conversation.messages), 'message')} written to {file}")
+
+    def _turn(self, text: str) -> int:
+        """Send a message and show the answer; returns 1 when there was none."""
+        self._conversation.turns.append({"role": "user", "content": text})
+        try:
+            prompt, note = self._fit()
+            reply = Reply(time.monotonic(), [Answer()])
+            is_stopped = self._answer(prompt, reply)
+        except EngineDeadError:
+            raise
+        except OctavoError as error:
+            self._conversation.turns.pop()
+            sys.stderr.write(f"error: {error.message}\n")
+            return 1
+        answer = reply.answers[0]
+        if answer.text:
+            self._conversation.turns.append({"role": "assistant", "content": answer.text})
+        else:
+            self._conversation.turns.pop()
+        if answer.error:
+            sys.stderr.write(f"error: {answer.error}\n")
+        notes = ", ".join(each for each in ("stopped" if is_stopped else "", note) if each)
+        if not self._is_quiet:
+            tell(describe_reply(reply, notes))
+        return 1 if answer.error else 0
+
+    def _fit(self) -> tuple[list[int], str]:
+        """Token ids of the conversation, its oldest turns dropped until an answer fits; and a note about that."""
+        limit = self._session.ready.config.scheduler.max_model_len
+        wanted = min(MIN_ANSWER_TOKENS, self._params.max_tokens or MIN_ANSWER_TOKENS, limit // 2)
+        dropped = 0
+        while True:
+            prompt = self._session.chat_prompt(self._conversation.messages)
+            if len(prompt) + wanted <= limit:
+                break
+            gone = self._conversation.drop_oldest()
+            if not gone:
+                raise ContextLengthError(
+                    f"the message is too long: {format_count(len(prompt))} tokens with the chat template, but the "
+                    f"context holds {format_count(limit)}, answer included"
+                )
+            dropped += gone
+        return prompt, f"context full: forgot the oldest {plural(dropped, 'message')}" if dropped else ""
+
+    def _answer(self, prompt: list[int], reply: Reply) -> bool:
+        """Show the answer as it comes; True when Ctrl-C stopped it."""
+        try:
+            self._session.run(self._stream(prompt, self._params, reply))
+        except KeyboardInterrupt:
+            if not self._is_terminal:
+                raise
+            return True
+        finally:
+            if not reply.answers[0].text.endswith("\n"):
+                sys.stdout.write("\n")
+            sys.stdout.flush()
+        return False
+
+    async def _stream(self, prompt: list[int], params: SamplingParams, reply: Reply) -> None:
+        async with aclosing(self._session.stream(prompt, params, reply)) as pieces:
+            async for _, piece in pieces:
+                sys.stdout.write(printable(piece, sys.stdout))
+                sys.stdout.flush()
+
+
+class _History:
+    """Line editing, and typed lines that can be called back. Without the readline module there is neither."""
+
+    def __init__(self, file: str | None) -> None:
+        self._file = None if file is None else os.path.expanduser(file)
+        self._write: Callable[[str], Any] | None = None
+        with suppress(ImportError):
+            readline = importlib.import_module("readline")
+            readline.set_completer(_complete)
+            readline.set_completer_delims(" ")
+            readline.parse_and_bind("tab: complete")
+            self._write = readline.write_history_file
+            if self._file is not None and os.path.exists(self._file):
+                with suppress(OSError):
+                    readline.read_history_file(self._file)
+
+    def save(self) -> None:
+        """Write the history file, if one was named."""
+        if self._file is None or self._write is None:
+            return
+        try:
+            self._write(self._file)
+        except OSError as error:
+            tell(f"cannot write {self._file}: {error.strerror or error}")
+
+
+def _complete(text: str, state: int) -> str | None:
+    """readline's protocol: the ``state``-th command that begins with ``text``."""
+    matches: Sequence[str] = [name for name in COMMANDS if text.startswith("/") and name.startswith(text)]
+    return matches[state] if state < len(matches) else None

@@ -1,0 +1,20 @@
+"""Exit statuses, and an error as a line on stderr."""
+
+from __future__ import annotations
+
+import sys
+
+from octavo.errors import ConfigError, OctavoError
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+"""Something failed; the command line is wrong; Ctrl-C."""
+
+
+def report_error(error: OctavoError, prog: str) -> int:
+    """Say in one or two lines what went wrong; returns the exit status."""
+    message = error.message
+    if isinstance(error, ConfigError) and error.param and message.startswith(f"{error.param} is "):
+        message = "--" + error.param.replace("_", "-") + message.removeprefix(error.param)
+    sys.stderr.write(f"{prog}: error: {message}\n")
+    is_usage = type(error) is ConfigError and error.param is not None
+    return EXIT_USAGE if is_usage else EXIT_ERROR
