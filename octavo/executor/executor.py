@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Protocol
 
-from octavo.kv_spec import KVCacheSpec
 from octavo.messages import ModelRunnerOutput, SchedulerOutput
+from octavo.worker.report import MemoryReport
 
-
-@dataclass(frozen=True, slots=True)
-class MemoryReport:
-    """What a worker found after loading: the ledger from which the KV cache is sized. Bytes."""
-
-    kv_spec: KVCacheSpec
-    weights_bytes: int
-    activation_bytes: int
-    """Upper bound for the largest step."""
-    available_kv_bytes: int
-    """What may become KV cache, after ceiling, weights, activations and reserve."""
-    attention_backend: str
-    attention_reason: str
-    load_seconds: float
+__all__ = ["Executor", "MemoryReport", "Worker"]
 
 
 class Worker(Protocol):

@@ -1,0 +1,159 @@
+"""How the memory of a device is divided: weights, working memory of the largest step, KV cache, reserve.
+
+Working memory is computed from the model's dimensions, not measured by running a huge step: the bound is written down
+below term by term. Knows no tensor but those it counts; ``config.resolve.size_kv_cache`` turns the result into blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from octavo.attention.backend import AttentionSpec
+from octavo.config.model import ModelConfig
+from octavo.config.sections import CacheConfig, SchedulerConfig
+from octavo.device.device import DeviceMemory
+from octavo.errors import ConfigError
+from octavo.kv_spec import KVCacheSpec, KVGroupSpec, KVKind
+from octavo.layers.parameter import Layer
+
+LOGITS_BYTES = 64 * 2**20
+"""Float32 logits that may exist at once while drawing (one tensor; the sampler needs a few)."""
+_LOGITS_COPIES = 6
+"""Tensors of that size alive at once in the worst case: model dtype, float32, raw copy, scaled, filtered, weights."""
+_HIDDEN_COPIES = 6
+"""Tensors [T, E] alive at once: residual, normed, layer output, and what an operator makes of them on its way."""
+_FFN_COPIES = 2
+"""Tensors [T, 2 F] alive at once: gate and up, and their activation in float32."""
+_RESERVE_SHARE = 0.02
+_MAX_RESERVE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """Attention layers with equal specs: they share a block table and a backend."""
+
+    spec: AttentionSpec
+    layer_indices: tuple[int, ...]
+
+
+def group_layers(specs: Iterable[AttentionSpec]) -> list[KVGroup]:
+    """Groups in the order of their first layer."""
+    found: dict[AttentionSpec, list[int]] = {}
+    for index, spec in enumerate(specs):
+        found.setdefault(spec, []).append(index)
+    return [KVGroup(spec, tuple(indices)) for spec, indices in found.items()]
+
+
+def make_kv_spec(groups: Iterable[KVGroup], block_size: int) -> KVCacheSpec:
+    """What the control half needs to know of the groups."""
+    return KVCacheSpec(
+        groups=tuple(
+            KVGroupSpec(
+                kind=KVKind.FULL if group.spec.sliding_window is None else KVKind.SLIDING_WINDOW,
+                layer_indices=group.layer_indices,
+                num_kv_heads=group.spec.num_kv_heads,
+                head_dim=group.spec.head_dim,
+                bytes_per_element=group.spec.kv_dtype.itemsize,
+                sliding_window=group.spec.sliding_window,
+            )
+            for group in groups
+        ),
+        block_size=block_size,
+    )
+
+
+def max_logits_rows(vocab_size: int, max_num_seqs: int) -> int:
+    """Rows drawn at once, so that logits stay within ``LOGITS_BYTES``."""
+    return max(1, min(max_num_seqs, LOGITS_BYTES // (4 * vocab_size)))
+
+
+def bound_activation_bytes(
+    model: ModelConfig, scheduler: SchedulerConfig, dtype_bytes: int, *, prompt_piece: int
+) -> int:
+    """Upper bound of what a step needs beside weights and cache.
+
+    The largest step has ``max_num_batched_tokens`` tokens. Layers run one after another, so one layer's tensors count
+    once. Attention may copy the scattered history of one request at a time. Logits exist in pieces.
+    """
+    tokens = scheduler.max_num_batched_tokens
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    # qkv twice: the projection, and the rotation or the head-major copy of it; the output of attention once.
+    per_token = dtype_bytes * (
+        _HIDDEN_COPIES * model.hidden_size + 2 * qkv + model.num_heads * model.head_dim
+    ) + _FFN_COPIES * 2 * model.intermediate_size * max(dtype_bytes, 4)
+    history = scheduler.max_model_len * 2 * model.num_kv_heads * model.head_dim * dtype_bytes * 2
+    rows = max(max_logits_rows(model.vocab_size, scheduler.max_num_seqs), min(prompt_piece, tokens))
+    logits = _LOGITS_COPIES * rows * model.vocab_size * 4
+    # Histories, tables and the queue of inputs: small, but they grow with the limits.
+    inputs = scheduler.max_num_seqs * (scheduler.max_model_len + 1) * 4 + tokens * 8 * 8
+    return tokens * per_token + history + logits + inputs
+
+
+def bound_kv_bytes(memory: DeviceMemory, cache: CacheConfig, weights_bytes: int, activation_bytes: int) -> int:
+    """What may become KV cache.
+
+    The smaller of what the ceiling (``memory_utilization`` of all memory) leaves beside weights and working memory,
+    and what is really free now, less working memory and a reserve. An amount or a number of blocks that the user gave
+    outright is bounded only by what is free.
+
+    Args:
+        memory: Measured after the weights were loaded.
+        cache: The user's limits.
+        weights_bytes: Already taken.
+        activation_bytes: Will be taken.
+    """
+    free = memory.free - activation_bytes
+    if cache.kv_cache_memory_bytes is not None or cache.num_blocks_override is not None:
+        return max(0, free)
+    reserve = min(_MAX_RESERVE_BYTES, int(memory.total * _RESERVE_SHARE))
+    ceiling = int(memory.total * cache.memory_utilization) - weights_bytes - activation_bytes
+    return max(0, min(ceiling, free - reserve))
+
+
+def check_cache_fits(memory: DeviceMemory, wanted_bytes: int) -> None:
+    """Refuse a cache that is larger than the device.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if wanted_bytes > memory.total:
+        raise ConfigError(
+            f"a KV cache of {wanted_bytes / 2**30:.1f} GiB does not fit into {memory.total / 2**30:.1f} GiB of memory; "
+            "lower kv_cache_memory_bytes, num_gpu_blocks_override or max_model_len",
+            param="kv_cache_memory_bytes",
+        )
+
+
+def count_weight_bytes(model: object) -> int:
+    """Bytes of all tensors that hang on the layers of a model; storage shared by several counts once."""
+    seen: set[int] = set()
+    total = 0
+    waiting: list[object] = [model]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, Tensor):
+            total += _storage_bytes(node, seen)
+        elif isinstance(node, Layer):
+            waiting.extend(vars(node).values())
+        elif isinstance(node, dict):
+            waiting.extend(node.values())
+        elif isinstance(node, list | tuple):
+            waiting.extend(node)
+    return total
+
+
+def _storage_bytes(tensor: Tensor, seen: set[int]) -> int:
+    """Of the whole storage, once; of the elements where the layout is opaque (a oneDNN tensor)."""
+    if tensor.is_mkldnn:
+        return tensor.numel() * tensor.element_size()
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() in seen:
+        return 0
+    seen.add(storage.data_ptr())
+    return storage.nbytes()

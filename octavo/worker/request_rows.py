@@ -1,0 +1,74 @@
+"""Persistent state of every request on the device: its tokens and how many of them are computed.
+
+A request keeps one row while it runs. A step writes the tokens that it draws back to the row, so the next step can be
+launched before the host has seen them. Knows no blocks (``block_tables.py``) and no sampling parameters (the sampler).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo.device.device import Device
+from octavo.messages import NewRow
+
+
+class RequestRows:
+    """Token histories and lengths; one writer, the model runner.
+
+    Attributes:
+        token_ids: ``[rows, max_model_len + 1]`` int32 on the device. The last column takes the token that may be drawn
+            when a text is already full.
+        num_tokens: ``[rows]`` int64 on the device: known tokens.
+        num_computed: ``[rows]`` int64 on the device: tokens whose keys and values are in the cache.
+        num_tokens_host: The same on the host, counting tokens that a step in flight will draw.
+        num_computed_host: The same on the host, counting steps in flight.
+        num_prompt_host: Prompt tokens.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, device: Device) -> None:
+        self._device = device
+        self.width = max_model_len + 1
+        self.token_ids = device.zeros((max_num_seqs, self.width), torch.int32)
+        self.num_tokens = device.zeros((max_num_seqs,), torch.int64)
+        self.num_computed = device.zeros((max_num_seqs,), torch.int64)
+        self.num_tokens_host = np.zeros(max_num_seqs, np.int64)
+        self.num_computed_host = np.zeros(max_num_seqs, np.int64)
+        self.num_prompt_host = np.zeros(max_num_seqs, np.int64)
+
+    def add(self, new_rows: list[NewRow]) -> None:
+        """Requests take their rows."""
+        for new in new_rows:
+            tokens = torch.from_numpy(np.array(new.token_ids, np.int32))
+            self.token_ids[new.row, : len(tokens)].copy_(tokens, non_blocking=True)
+        rows = np.array([new.row for new in new_rows], np.int64)
+        self.num_tokens_host[rows] = [len(new.token_ids) for new in new_rows]
+        self.num_computed_host[rows] = [new.num_computed_tokens for new in new_rows]
+        self.num_prompt_host[rows] = [new.num_prompt_tokens for new in new_rows]
+        index = self._upload(rows)
+        self.num_tokens.index_copy_(0, index, self._upload(self.num_tokens_host[rows]))
+        self.num_computed.index_copy_(0, index, self._upload(self.num_computed_host[rows]))
+
+    def advance(
+        self, rows: NDArray[np.int64], row_index: Tensor, scheduled_host: NDArray[np.int64], scheduled: Tensor
+    ) -> None:
+        """Count this step's tokens as computed; ``rows`` are all different."""
+        self.num_computed_host[rows] += scheduled_host
+        self.num_computed.index_add_(0, row_index, scheduled)
+
+    def append(self, row_index: Tensor, length: Tensor, tokens: Tensor) -> None:
+        """Write the tokens just drawn behind their rows' texts.
+
+        Args:
+            row_index: ``[L]`` int64.
+            length: ``[L]`` int64 known tokens so far: where the token goes.
+            tokens: ``[L]`` int64; -1 (nothing could be drawn) is written as 0, the request is about to end.
+        """
+        flat = self.token_ids.view(-1)
+        flat.index_copy_(0, row_index * self.width + length, tokens.clamp(min=0).int())
+        self.num_tokens.index_copy_(0, row_index, length + 1)
+
+    def _upload(self, array: NDArray[np.int64]) -> Tensor:
+        return self._device.upload(torch.from_numpy(array))

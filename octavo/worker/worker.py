@@ -1,0 +1,216 @@
+"""Worker: one device, from empty to answering steps. Implements ``executor.executor.Worker``.
+
+Loads the model, counts memory, makes the cache, then runs steps strictly in the order in which they come: a step that
+waits for its grammar mask holds back those behind it. Knows no request and no scheduler. ``model_runner.py`` is a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from octavo.attention.registry import choose_backend
+from octavo.config.engine import EngineConfig
+from octavo.device.registry import make_device
+from octavo.layers.context import LayerContext
+from octavo.loader.load import load_weights
+from octavo.messages import ModelRunnerOutput, SchedulerOutput
+from octavo.models.registry import build_model
+from octavo.quantization.registry import make_method
+from octavo.sampling.logits_processor import ProcessorContext
+from octavo.sampling.registry import load_processors
+from octavo.sampling.sampler import Sampler
+from octavo.worker.block_tables import BlockTables
+from octavo.worker.input_batch import InputBatch
+from octavo.worker.memory import (
+    bound_activation_bytes,
+    bound_kv_bytes,
+    check_cache_fits,
+    count_weight_bytes,
+    group_layers,
+    make_kv_spec,
+    max_logits_rows,
+)
+from octavo.worker.model_runner import PROMPT_PIECE, LaunchedStep, ModelRunner
+from octavo.worker.report import MemoryReport
+from octavo.worker.request_rows import RequestRows
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP_TOKENS = (1, 64)
+"""Lengths run once before the first request: operators choose and prepare their kernels by shape."""
+
+
+@dataclass(slots=True)
+class QueuedStep:
+    """A step in order: waiting to be launched, or launched and waiting for its mask."""
+
+    plan: SchedulerOutput
+    mask: bytes | None
+    future: Future[ModelRunnerOutput]
+    launched: LaunchedStep | None = None
+
+
+class Worker:
+    """See ``executor.executor.Worker``."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._device = make_device(config.device.device_type)
+        self._device.set_num_threads(config.device.num_threads)
+        self._queue: deque[QueuedStep] = deque()
+        self._runner: ModelRunner | None = None
+
+    def load(self) -> MemoryReport:
+        """Build the model, stream its weights in, count what is left.
+
+        Raises:
+            ConfigError: No attention backend or quantisation method serves this model here.
+            CheckpointError: The files do not fit the model.
+        """
+        config, began = self._config, time.monotonic()
+        dtype = torch_dtype(config.device.dtype)
+        method = make_method(config.device.quantization, self._device.torch_device)
+        self._context = LayerContext(
+            dtype,
+            method,
+            config.cache.block_size,
+            device=self._device.torch_device,
+            kv_dtype=torch_dtype(config.cache.kv_cache_dtype),
+            max_model_len=config.scheduler.max_model_len,
+        )
+        with torch.inference_mode():
+            self._model = build_model(config.model, self._context)
+            load_weights(self._model, config.load, config.model)
+        self._groups = group_layers(layer.spec for layer in self._context.attention_layers)
+        self._kv_spec = make_kv_spec(self._groups, config.cache.block_size)
+        chosen = [
+            choose_backend(config.device.attention_backend, group.spec, self._device.type) for group in self._groups
+        ]
+        self._backends = [backend(group.spec) for (backend, _), group in zip(chosen, self._groups, strict=True)]
+        weights = count_weight_bytes(self._model)
+        activation = bound_activation_bytes(config.model, config.scheduler, dtype.itemsize, prompt_piece=PROMPT_PIECE)
+        memory = self._device.memory()
+        available = bound_kv_bytes(memory, config.cache, weights, activation)
+        logger.debug(
+            "memory: %d total, %d free, %d weights, %d working memory at most, %d for the KV cache",
+            memory.total, memory.free, weights, activation, available,
+        )  # fmt: skip
+        return MemoryReport(
+            kv_spec=self._kv_spec,
+            weights_bytes=weights,
+            activation_bytes=activation,
+            available_kv_bytes=available,
+            attention_backend=self._backends[0].name,
+            attention_reason=chosen[0][1],
+            load_seconds=time.monotonic() - began,
+        )
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the cache and everything that lives as long as it: rows, tables, sampler.
+
+        Raises:
+            ConfigError: The cache is larger than the device, or a logits processor cannot be loaded.
+        """
+        assert num_blocks >= 2, "block 0 is the null block"
+        config, device = self._config, self._device
+        check_cache_fits(device.memory(), num_blocks * self._kv_spec.bytes_per_block)
+        self._bind_cache(num_blocks)
+        limits, vocab_size = config.scheduler, config.model.vocab_size
+        rows = RequestRows(limits.max_num_seqs, limits.max_model_len, device)
+        tables = BlockTables(
+            len(self._groups), limits.max_num_seqs, limits.max_model_len, config.cache.block_size, device
+        )
+        context = ProcessorContext(
+            vocab_size=vocab_size,
+            max_num_seqs=limits.max_num_seqs,
+            device=device.torch_device,
+            token_ids=rows.token_ids,
+            num_tokens=rows.num_tokens,
+        )
+        self._runner = ModelRunner(
+            self._model,
+            rows,
+            tables,
+            InputBatch(rows, tables, self._backends, device),
+            Sampler(context, config.frontend.logprobs_mode, load_processors(config.device.logits_processors, context)),
+            device,
+            vocab_size=vocab_size,
+            max_logits_rows=max_logits_rows(vocab_size, limits.max_num_seqs),
+        )
+
+    def warm_up(self) -> None:
+        """Run the model on short dummy steps, so that the first request does not pay for preparations."""
+        limits = self._config.scheduler
+        with torch.inference_mode():
+            for num_tokens in _WARM_UP_TOKENS:
+                if num_tokens <= min(limits.max_num_batched_tokens, limits.max_model_len):
+                    self._ready().warm_up(num_tokens)
+
+    def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]:
+        """Queue a step; on a CPU it has run when this returns, unless it or one before it waits for a mask."""
+        step = QueuedStep(plan, mask, Future())
+        self._queue.append(step)
+        self._advance()
+        return step.future
+
+    def sample(self, step_id: int, mask: bytes | None) -> None:
+        """Complete the step that waits for its mask, then run those behind it."""
+        step = self._queue[0] if self._queue else None
+        assert step is not None and step.launched is not None, f"step {step_id} is not waiting for sample()"
+        assert step.plan.step_id == step_id, f"step {step.plan.step_id} comes before {step_id}"
+        step.mask = mask
+        self._complete(step)
+        self._advance()
+
+    def _advance(self) -> None:
+        """Run queued steps in order, up to one that must wait."""
+        while self._queue and self._queue[0].launched is None:
+            step = self._queue[0]
+            try:
+                with torch.inference_mode():
+                    step.launched = self._ready().launch(step.plan)
+            except Exception as error:  # the future carries it to the engine, which ends
+                self._queue.popleft()
+                step.future.set_exception(error)
+                continue
+            if step.plan.defer_sampling and step.mask is None:
+                return
+            self._complete(step)
+
+    def _complete(self, step: QueuedStep) -> None:
+        assert step.launched is not None
+        self._queue.popleft()
+        try:
+            with torch.inference_mode():
+                # On a CPU the results are there already; a device that works beside the host would wait in result().
+                output = self._ready().complete(step.launched, step.mask).result()
+        except Exception as error:  # as in _advance()
+            step.future.set_exception(error)
+        else:
+            step.future.set_result(output)
+
+    def _bind_cache(self, num_blocks: int) -> None:
+        """Cache tensor j serves the j-th layer of every group."""
+        layers = self._context.attention_layers
+        shapes = [backend.kv_shape(num_blocks) for backend in self._backends]
+        longest = max(self._groups, key=lambda group: len(group.layer_indices))
+        shape = shapes[self._groups.index(longest)]
+        tensors = [self._device.zeros(shape, longest.spec.kv_dtype) for _ in range(self._kv_spec.num_tensors)]
+        for group_index, (group, backend) in enumerate(zip(self._groups, self._backends, strict=True)):
+            for tensor, layer_index in zip(tensors, group.layer_indices, strict=False):
+                layers[layer_index].bind(tensor.view(shapes[group_index]), backend, group_index)
+
+    def _ready(self) -> ModelRunner:
+        assert self._runner is not None, "allocate() comes before the first step"
+        return self._runner
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``float32``, ``float16`` or ``bfloat16`` as torch's."""
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
