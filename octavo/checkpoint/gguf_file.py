@@ -109,7 +109,8 @@ class GGUFFile:
                 self.num_bytes = os.fstat(f.fileno()).st_size
                 if self.num_bytes < 24:
                     raise CheckpointError(str(path), f"has only {self.num_bytes} bytes: no GGUF header")
-                self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                # A private mapping: nothing is ever written, but torch refuses views of read-only memory.
+                self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as exc:
             raise CheckpointError(str(path), f"cannot be opened: {exc}") from exc
         try:
@@ -128,7 +129,7 @@ class GGUFFile:
         return self.map[tensor.offset + row_start * tensor.row_bytes : tensor.offset + end * tensor.row_bytes]
 
     def close(self) -> None:
-        """Unmap the file. Views handed out before must be gone."""
+        """Unmap the file."""
         self.map.close()
 
     def __enter__(self) -> Self:

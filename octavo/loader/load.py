@@ -1,0 +1,38 @@
+"""load_weights: the one call that fills a model."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from octavo.config.model import ModelConfig
+from octavo.config.sections import LoadConfig
+from octavo.layers.parameter import collect_slots
+from octavo.loader.mapping import Placement, fill
+from octavo.loader.registry import open_source
+from octavo.loader.source import LoadRequest
+from octavo.models.interface import CausalLM
+
+logger = logging.getLogger(__name__)
+
+
+def load_weights(model: CausalLM, load_config: LoadConfig, model_config: ModelConfig) -> None:
+    """Fill every parameter of ``model``, streaming: peak memory is the weights and a few megabytes.
+
+    Args:
+        model: With empty weights; its ``weight_map`` names what the checkpoint calls its parameters.
+        load_config: Which source, and where.
+        model_config: Of this model; GGUF needs the number of heads.
+
+    Raises:
+        ConfigError: No source of that name.
+        CheckpointError: The checkpoint is damaged or does not fit the model; nothing of it may be used then.
+    """
+    start_s = time.perf_counter()
+    placement = Placement(collect_slots(model), model.weight_map)
+    source = open_source(load_config.load_format, LoadRequest(load_config, model_config, placement.expected()))
+    num_bytes = fill(placement, source, load_config.path or load_config.model)
+    logger.info(
+        "loaded weights of %s (%s): %.2f GB of values in %.1f s",
+        load_config.model, load_config.load_format, num_bytes / 1e9, time.perf_counter() - start_s,
+    )  # fmt: skip
