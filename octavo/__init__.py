@@ -1,1 +1,56 @@
+"""Octavo, an inference and serving engine for large language models.
 
+Names are imported on first use, so that ``import octavo`` costs nothing and pulls in no torch. Start with ``LLM`` for
+scripts, ``AsyncLLM`` for asyncio, and docs/architecture.md for how it is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from octavo.config.args import EngineArgs
+    from octavo.engine.async_llm import AsyncLLM
+    from octavo.llm import LLM
+    from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+    from octavo.sampling_params import RepetitionDetection, RequestOutputKind, SamplingParams
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "EngineArgs",
+    "Logprob",
+    "RepetitionDetection",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "__version__",
+]
+
+_MODULES = {
+    "LLM": "octavo.llm",
+    "AsyncLLM": "octavo.engine.async_llm",
+    "CompletionOutput": "octavo.outputs",
+    "EngineArgs": "octavo.config.args",
+    "Logprob": "octavo.outputs",
+    "RepetitionDetection": "octavo.sampling_params",
+    "RequestOutput": "octavo.outputs",
+    "RequestOutputKind": "octavo.sampling_params",
+    "SamplingParams": "octavo.sampling_params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("octavo")
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

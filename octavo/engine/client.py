@@ -238,6 +238,7 @@ class InProcessClient(_PumpedClient):
         if not self._is_closed:
             self._is_closed = True
             self._die("the engine was closed")
+            self._core.put(CoreCall(-1, "ping"))  # wakes a thread that waits in recv
             with self._pump_lock:
                 self._core.shutdown()
 
@@ -318,8 +319,8 @@ class ZmqClient(_PumpedClient):
                 return
             self._is_closed = True
         self._die("the engine was closed")
+        end_process(self._process)  # also wakes a thread that waits in recv
         with self._pump_lock:
-            end_process(self._process)
             self._inbound.close(linger=0)
             self._outbound.close(linger=0)
             os.close(self._death_fd)

@@ -1,0 +1,303 @@
+"""AsyncLLM: many streams over one engine, for asyncio.
+
+A thread of its own moves the engine's outputs (and, for an engine in this process, makes it work); each stream keeps
+at most one output that its reader has not taken, so that a slow reader costs no memory and holds nobody up. Never
+imports torch nor the engine's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from octavo.config.args import EngineArgs
+from octavo.engine.frontend import Frontend, start_frontend
+from octavo.errors import EngineDeadError, OctavoError
+from octavo.frontend.chat_template import ChatOptions
+from octavo.frontend.input_processor import ProcessedRequest, Prompt, TokensPrompt
+from octavo.frontend.tokenizer import Tokenizer
+from octavo.messages import EngineReady
+from octavo.observability.metrics import Metric
+from octavo.outputs import RequestOutput
+from octavo.sampling_params import RequestOutputKind, SamplingParams
+
+logger = logging.getLogger(__name__)
+LONG_PROMPT_CHARS = 4096
+"""A longer prompt is tokenized in a thread, so that it does not hold up the event loop."""
+PUMP_SLICE_S = 1.0
+
+
+class _Stream:
+    """The outputs of one request on their way to its reader. Touched by the reader's event loop only."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._is_delta = params.output_kind is RequestOutputKind.DELTA
+        self._pending: RequestOutput | None = None
+        self._error: BaseException | None = None
+        self._arrived = asyncio.Event()
+
+    def put(self, item: RequestOutput | BaseException) -> None:
+        if isinstance(item, BaseException):
+            self._error = item
+        elif self._pending is None:
+            self._pending = item
+        else:
+            self._pending.add(item, delta=self._is_delta)  # the reader fell behind
+        self._arrived.set()
+
+    async def get(self) -> RequestOutput:
+        while self._pending is None:
+            if self._error is not None:
+                raise self._error
+            self._arrived.clear()
+            await self._arrived.wait()
+        output, self._pending = self._pending, None
+        return output
+
+
+class AsyncLLM:
+    """An engine for asyncio. Make it with ``from_engine_args``; end it with ``shutdown`` or ``async with``.
+
+    Args:
+        frontend: From ``start_frontend``; owned from here on.
+    """
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+        self._lock = threading.Lock()  # guards the frontend's books and _streams
+        self._streams: dict[str, _Stream] = {}
+        self._death: EngineDeadError | None = None
+        self._is_stopping = False
+        self._pump_thread = threading.Thread(target=self._pump, name="octavo-pump", daemon=True)
+        self._pump_thread.start()
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs, *, in_process: bool = False, log_stats: bool | None = None) -> AsyncLLM:
+        """Start an engine and wait until it takes requests.
+
+        Args:
+            args: What was asked for.
+            in_process: Whether the engine lives in a thread of this process, or in a process of its own.
+            log_stats: Whether to log throughput while working; None: only if ``disable_log_stats`` was set to False.
+
+        Raises:
+            ConfigError, ModelNotFoundError, CheckpointError, EngineDeadError: It cannot start.
+        """
+        return cls(start_frontend(args, in_process, log_stats))
+
+    # ------------------------------------------------------------------------------------------------- properties
+
+    @property
+    def ready(self) -> EngineReady:
+        """What the engine found when it started."""
+        return self._frontend.client.ready
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            InvalidRequestError: The engine runs without one.
+        """
+        return self._frontend.need_tokenizer
+
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """What a request gets that brings none."""
+        return self._frontend.inputs.default_sampling_params
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine has ended by itself."""
+        return self._death is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are taken."""
+        return self._death is None and not self._is_stopping
+
+    # --------------------------------------------------------------------------------------------------- requests
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        tenant: str = "default",
+        lora_request: object = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Generate; each item is what ``sampling_params.output_kind`` says, the last one has ``finished``.
+
+        Leaving the loop, closing the generator or cancelling the task aborts the request: its row and its KV blocks
+        are free again after the step at hand.
+
+        Args:
+            prompt: Text, token ids, or a mapping with either.
+            sampling_params: None for the model's defaults.
+            request_id: Unique among the unfinished ones; None draws one.
+            priority: Lower runs first, under the priority policy.
+            tenant: Whose request it is.
+            lora_request: Not supported yet.
+
+        Raises:
+            InvalidRequestError, ContextLengthError, QueueFullError: The request was refused.
+            EngineDeadError: The engine has ended.
+        """
+        options = {"priority": priority, "tenant": tenant, "lora_request": lora_request}
+        request_id = f"async-{next(self._frontend.next_id)}" if request_id is None else request_id
+        request = await self._process(request_id, prompt, sampling_params, options)
+        stream = _Stream(request.params)
+        self._submit(request, stream)
+        is_finished = False
+        try:
+            while not is_finished:
+                output = await stream.get()
+                is_finished = output.finished
+                yield output
+        finally:
+            if not is_finished:
+                self._drop(request_id, stream)
+
+    async def abort(self, request_id: str | list[str]) -> None:
+        """End requests early; their readers get a last output with ``finish_reason`` ``abort``. Unknown ids are
+        ignored."""
+        request_ids = [request_id] if isinstance(request_id, str) else request_id
+        with self._lock:
+            children = [child for each in request_ids for child in self._frontend.outputs.core_ids(each)]
+        self._frontend.client.abort(children)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None) -> TokensPrompt:
+        """A conversation as a prompt for ``generate``.
+
+        Raises:
+            InvalidRequestError: A message cannot be honoured, or the model has no chat template.
+            ContextLengthError: It is longer than the context.
+        """
+        return self._frontend.inputs.render_chat(messages, options)
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; whether that was possible (it is not while requests run)."""
+        return await asyncio.to_thread(self._frontend.client.call, "reset_prefix_cache")
+
+    async def get_metrics(self) -> list[Metric]:
+        """All counters and gauges of the engine, now."""
+        return await asyncio.to_thread(self._frontend.get_metrics)
+
+    async def check_health(self) -> None:
+        """Wait for the engine's loop to answer.
+
+        Raises:
+            EngineDeadError: It has ended, or does not answer.
+        """
+        await asyncio.to_thread(self._frontend.client.call, "ping")
+
+    async def _process(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None, options: dict[str, Any]
+    ) -> ProcessedRequest:
+        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+        if isinstance(text, str) and len(text) > LONG_PROMPT_CHARS:
+            return await asyncio.to_thread(self._frontend.process, request_id, prompt, params, **options)
+        return self._frontend.process(request_id, prompt, params, **options)
+
+    def _submit(self, request: ProcessedRequest, stream: _Stream) -> None:
+        with self._lock:
+            self._check_alive()
+            self._frontend.submit(request)
+            self._streams[request.request_id] = stream
+
+    def _drop(self, request_id: str, stream: _Stream) -> None:
+        """The reader has gone before the end."""
+        with self._lock:
+            if self._streams.get(request_id) is not stream:
+                return  # finished or failed meanwhile; the id may even be in use again
+            del self._streams[request_id]
+            if self.is_running:
+                self._frontend.abort([request_id])
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError(self._death.message) from self._death
+        if self._is_stopping:
+            raise EngineDeadError("the engine was shut down")
+
+    # --------------------------------------------------------------------------------------------------- the pump
+
+    def _pump(self) -> None:
+        """Body of the thread: outputs to streams, until the end."""
+        try:
+            while not self._is_stopping:
+                received = self._frontend.client.recv(PUMP_SLICE_S)
+                if received is None:
+                    continue
+                with self._lock:
+                    outputs, refusals = self._frontend.take(received)
+                    items: list[tuple[str, RequestOutput | BaseException]] = [
+                        (output.request_id, output) for output in outputs
+                    ]
+                    items += [(refusal.request_id, refusal.cause) for refusal in refusals]
+                    self._deliver(items)
+        except Exception as error:  # border of the thread: every reader must hear of it
+            if not isinstance(error, OctavoError):
+                logger.exception("the output thread failed")
+            self._fail(error)
+
+    def _deliver(self, items: list[tuple[str, RequestOutput | BaseException]]) -> None:
+        """Hand each item to its stream, with one wake-up per event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput | BaseException]]] = {}
+        for request_id, item in items:
+            is_last = isinstance(item, BaseException) or item.finished
+            stream = self._streams.pop(request_id, None) if is_last else self._streams.get(request_id)
+            if stream is not None:
+                by_loop.setdefault(stream.loop, []).append((stream, item))
+        for loop, pairs in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, pairs)
+            except RuntimeError:  # the loop was closed with requests running: nobody is left to read
+                gone = [request_id for request_id, stream in self._streams.items() if stream.loop is loop]
+                for request_id in gone:
+                    del self._streams[request_id]
+                self._frontend.abort(gone)
+
+    def _fail(self, cause: Exception) -> None:
+        with self._lock:
+            if self._is_stopping:
+                return  # told by shutdown
+            if isinstance(cause, EngineDeadError):
+                self._death = cause
+            else:
+                self._death = EngineDeadError(f"the engine's output thread failed: {cause!r}")
+                self._death.__cause__ = cause
+            self._deliver([(each, EngineDeadError(self._death.message)) for each in list(self._streams)])
+
+    # -------------------------------------------------------------------------------------------------------- end
+
+    def shutdown(self) -> None:
+        """End the engine; readers still waiting get an EngineDeadError. May be called twice, from any thread."""
+        with self._lock:
+            if self._is_stopping:
+                return
+            self._is_stopping = True
+            error = EngineDeadError("the engine was shut down")
+            self._deliver([(each, error) for each in list(self._streams)])
+        self._frontend.client.close()
+        self._pump_thread.join()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.shutdown)
+
+
+def _put_all(pairs: list[tuple[_Stream, RequestOutput | BaseException]]) -> None:
+    for stream, item in pairs:
+        stream.put(item)

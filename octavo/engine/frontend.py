@@ -1,0 +1,161 @@
+"""An engine together with what turns text into requests and outputs into text: what LLM and AsyncLLM stand on.
+
+Starts the engine, loads the tokenizer while the weights are loading, and translates a refusal of the engine back into
+the exception that it was. Knows neither threads nor event loops. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from octavo import errors
+from octavo.config.args import EngineArgs
+from octavo.config.sections import FrontendConfig
+from octavo.engine.client import EngineClient
+from octavo.engine.launch import BUILD, launch_engine
+from octavo.errors import EngineDeadError, InvalidRequestError, OctavoError
+from octavo.frontend.input_processor import InputProcessor, ProcessedRequest, Prompt
+from octavo.frontend.output_processor import OutputProcessor
+from octavo.frontend.tokenizer import Tokenizer, load_tokenizer
+from octavo.messages import EngineCoreOutput, EngineCoreOutputs, EngineStarting
+from octavo.observability.metrics import Metric, metrics_of
+from octavo.observability.stats import ThroughputMeter
+from octavo.outputs import RequestOutput
+from octavo.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The engine did not take a request."""
+
+    request_id: str
+    cause: OctavoError
+
+
+class Frontend:
+    """One frontend of one engine.
+
+    Args:
+        client: The running engine.
+        tokenizer: None under ``skip_tokenizer_init``.
+        log_stats: Whether to log throughput every ten seconds while the engine works.
+    """
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer | None, log_stats: bool = False) -> None:
+        config = client.ready.config
+        self.client = client
+        self.tokenizer = tokenizer
+        self.inputs = InputProcessor(config.model, config.frontend, config.scheduler.max_model_len, tokenizer)
+        self.outputs = OutputProcessor(tokenizer)
+        self.next_id = itertools.count()
+        label = "" if config.device.device_type == "cpu" else "GPU"
+        self._meter = ThroughputMeter(device_label=label) if log_stats else None
+
+    @property
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            InvalidRequestError: The engine runs without one.
+        """
+        if self.tokenizer is None:
+            raise InvalidRequestError("there is no tokenizer: the engine was started with skip_tokenizer_init")
+        return self.tokenizer
+
+    def process(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None, **options: Any
+    ) -> ProcessedRequest:
+        """Check one prompt; see ``InputProcessor.process``. Queues nothing."""
+        return self.inputs.process(request_id, prompt, params, **options)
+
+    def submit(self, request: ProcessedRequest) -> None:
+        """Queue a checked prompt.
+
+        Raises:
+            InvalidRequestError: Another unfinished request has this id.
+            EngineDeadError: The engine has ended.
+        """
+        self.outputs.register(request)
+        self.client.submit(request.core_requests)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Forget requests here and end them in the engine; unknown ids are ignored. No output follows."""
+        self.client.abort(self.outputs.forget(request_ids))
+
+    def take(self, received: EngineCoreOutputs) -> tuple[list[RequestOutput], list[Refusal]]:
+        """What one message of the engine means for the callers. Requests that a stop string ended are aborted."""
+        if received.snapshot is not None and self._meter is not None:
+            line = self._meter.record(received.snapshot)
+            if line is not None:
+                logger.info("%s", line)
+        refused = {output.request_id: output for output in received.outputs if output.error_code is not None}
+        refusals = self._refusals(refused) if refused else []
+        processed = self.outputs.process([each for each in received.outputs if each.error_code is None])
+        self.client.abort(processed.abort_ids)
+        return processed.request_outputs, refusals
+
+    def _refusals(self, refused: dict[str, EngineCoreOutput]) -> list[Refusal]:
+        """The callers' requests behind those that the engine refused; their other answers, when n > 1, end too."""
+        refusals: list[Refusal] = []
+        for request_id in self.outputs.unfinished_ids:
+            reasons = [refused[core_id] for core_id in self.outputs.core_ids(request_id) if core_id in refused]
+            if reasons:
+                refusals.append(Refusal(request_id, refusal_error(reasons[0].error_code or "", reasons[0].error or "")))
+        self.abort([refusal.request_id for refusal in refusals])
+        return refusals
+
+    def get_metrics(self) -> list[Metric]:
+        """All counters and gauges of the engine, now."""
+        config = self.client.ready.config
+        return metrics_of(self.client.call("snapshot"), config.cache, config.frontend.served_model_names[0])
+
+
+def start_frontend(args: EngineArgs, in_process: bool, log_stats: bool | None = None, build: str = BUILD) -> Frontend:
+    """Start an engine and the frontend to it. The tokenizer is built in a thread while the engine loads.
+
+    Args:
+        args: What the user asked for.
+        in_process: Whether the engine lives in this process or in a child.
+        log_stats: None: only where ``args.disable_log_stats`` was set to False.
+        build: See ``launch_engine``.
+
+    Raises:
+        ConfigError, ModelNotFoundError, CheckpointError, EngineDeadError: See ``launch_engine``.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="octavo-tokenizer")
+    loading: list[Future[Tokenizer | None]] = []
+
+    def on_starting(message: EngineStarting) -> None:
+        loading.append(pool.submit(_load_tokenizer, message.config.frontend))
+
+    try:
+        client = launch_engine(args, in_process, on_starting, build)
+        try:
+            tokenizer = loading[0].result() if loading else _load_tokenizer(client.ready.config.frontend)
+            return Frontend(client, tokenizer, args.disable_log_stats is False if log_stats is None else log_stats)
+        except BaseException:
+            client.close()
+            raise
+    finally:
+        pool.shutdown(wait=False)
+
+
+def _load_tokenizer(config: FrontendConfig) -> Tokenizer | None:
+    return None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer, config.chat_template)
+
+
+def refusal_error(code: str, message: str) -> OctavoError:
+    """The exception that the engine raised, by its stable code."""
+    classes: list[Callable[[str], OctavoError]] = [
+        each
+        for each in vars(errors).values()
+        if isinstance(each, type) and issubclass(each, OctavoError) and each.code == code
+    ]
+    return classes[0](message) if classes and code != EngineDeadError.code else OctavoError(message)

@@ -1,0 +1,407 @@
+"""LLM: prompts in, answers out, blocking. For scripts and notebooks; a server uses ``engine/async_llm.py``.
+
+Names and rules are those that users of vLLM know. All prompts of a call are checked before the first is queued. The
+engine runs in this process and works only inside a call; nothing here knows how.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, cast
+
+import msgspec
+from tqdm import tqdm
+
+from octavo.config.args import EngineArgs
+from octavo.config.env import apply_environment, read_environment
+from octavo.config.flags import engine_args_from_keywords
+from octavo.config.setting import settings_of
+from octavo.engine.frontend import Frontend, start_frontend
+from octavo.engine.interrupts import DeferredInterrupt
+from octavo.errors import EngineDeadError, InvalidRequestError
+from octavo.frontend.chat_template import ChatOptions
+from octavo.frontend.input_processor import ProcessedRequest, Prompt
+from octavo.frontend.tokenizer import Tokenizer
+from octavo.messages import EngineReady
+from octavo.observability.metrics import Metric
+from octavo.outputs import RequestOutput
+from octavo.sampling_params import RequestOutputKind, SamplingParams
+
+logger = logging.getLogger(__name__)
+UseTqdm = bool | Callable[..., Any]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model and its engine.
+
+    Args:
+        model: A folder with safetensors, a GGUF file, a Hugging Face name, or an alias; None for the default model.
+        in_process: False puts the engine into a process of its own.
+        engine_args: Any field of ``EngineArgs`` by name.
+
+    Raises:
+        ConfigError: A keyword or its value is impossible; the message says what is possible.
+        ModelNotFoundError, CheckpointError: The model cannot be found or read.
+    """
+
+    def __init__(self, model: str | None = None, *, in_process: bool = True, **engine_args: Any) -> None:
+        args = engine_args_from_keywords({"model": model, **engine_args}, logger.warning)
+        self._start(apply_environment(args, read_environment(os.environ)), in_process)
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs, *, in_process: bool = True) -> LLM:
+        """An LLM with exactly these settings."""
+        llm = cls.__new__(cls)
+        llm._start(args, in_process)
+        return llm
+
+    def _start(self, args: EngineArgs, in_process: bool) -> None:
+        self._lock = threading.RLock()
+        self._enqueued: list[ProcessedRequest] = []
+        self._ids = itertools.count()
+        self._frontend: Frontend = start_frontend(args, in_process)
+
+    # -------------------------------------------------------------------------------------------------- generation
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        lora_request: object = None,
+        priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer prompts.
+
+        Ctrl-C ends all requests of the call after the step at hand; the LLM can be used further.
+
+        Args:
+            prompts: One prompt or a list. A prompt is a string, a list of token ids, or a dict with ``prompt`` or
+                ``prompt_token_ids``, and optionally ``cache_salt``.
+            sampling_params: One for all, one per prompt, or None for the model's defaults.
+            use_tqdm: Whether to show progress, or a function that makes the bar.
+            lora_request: Not supported yet.
+            priority: One per prompt, lower runs first; needs ``scheduling_policy="priority"``.
+            tokenization_kwargs: ``add_special_tokens``, ``truncation`` and so on are not supported.
+            mm_processor_kwargs: Not supported: there are no multi-modal models yet.
+
+        Returns:
+            One output per prompt, in the order of the prompts.
+
+        Raises:
+            InvalidRequestError, ContextLengthError: A prompt or a parameter is impossible; nothing has run.
+            EngineDeadError: The engine has ended.
+        """
+        _refuse_given("tokenization_kwargs", tokenization_kwargs)
+        _refuse_given("mm_processor_kwargs", mm_processor_kwargs)
+        with self._lock:
+            requests = self._check_all(_as_list(prompts), sampling_params, priority, lora_request)
+            return self._run(requests, use_tqdm)
+
+    def chat(  # noqa: PLR0913 - the signature that users know
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: object = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations; as ``generate`` after the model's chat template.
+
+        Args:
+            messages: One conversation (a list of messages with ``role`` and ``content``) or a list of them.
+            sampling_params: As for ``generate``.
+            use_tqdm: As for ``generate``.
+            lora_request: Not supported yet.
+            chat_template: Name of one of the model's templates, or a template; None for the default.
+            chat_template_content_format: ``auto``, ``string`` or ``openai``: how templates get lists of parts.
+            add_generation_prompt: End with the opening of the assistant's turn.
+            continue_final_message: Go on with the last message instead of answering it.
+            tools: Not supported yet.
+            chat_template_kwargs: Further variables for the template.
+
+        Raises:
+            InvalidRequestError, ContextLengthError: Nothing has run.
+            EngineDeadError: The engine has ended.
+        """
+        options = ChatOptions(
+            # Going on with a message excludes the opening of the next, whose default is True.
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
+            content_format=chat_template_content_format,
+            template_kwargs=dict(chat_template_kwargs or {}),
+        )
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        with self._lock:
+            render = self._frontend.inputs.render_chat
+            prompts: list[Prompt] = [
+                render(cast("Sequence[Message]", conversation), options, tools) for conversation in conversations
+            ]
+            requests = self._check_all(prompts, sampling_params, None, lora_request)
+            return self._run(requests, use_tqdm)
+
+    def enqueue(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Check prompts and keep them for ``wait_for_completion``; returns their request ids."""
+        with self._lock:
+            requests = self._check_all(_as_list(prompts), sampling_params, priority, None)
+            self._enqueued += requests
+            return [request.request_id for request in requests]
+
+    def wait_for_completion(self, *, use_tqdm: UseTqdm = True) -> list[RequestOutput]:
+        """Answer what was enqueued, in the order of enqueueing."""
+        with self._lock:
+            requests, self._enqueued = self._enqueued, []
+            return self._run(requests, use_tqdm)
+
+    # -------------------------------------------------------------------------------------------------- questions
+
+    @property
+    def ready(self) -> EngineReady:
+        """What the engine found when it started: settings, decisions, memory, seconds."""
+        return self._frontend.client.ready
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            InvalidRequestError: The engine runs without one.
+        """
+        return self._frontend.need_tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What ``generate`` uses when it is given none: the model's own recommendation."""
+        return self._frontend.inputs.default_sampling_params
+
+    def get_metrics(self) -> list[Metric]:
+        """Counters and gauges of the engine, now."""
+        return self._frontend.get_metrics()
+
+    def get_world_size(self) -> int:
+        """Number of devices."""
+        return self.ready.config.parallel.tensor_parallel_size
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; whether that was possible."""
+        with self._lock:
+            return self._frontend.client.call("reset_prefix_cache")
+
+    def close(self) -> None:
+        """End the engine and free its memory. May be called twice."""
+        self._frontend.client.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ----------------------------------------------------------------------------------------------------- details
+
+    def _check_all(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        lora_request: object,
+    ) -> list[ProcessedRequest]:
+        params = _one_each("sampling_params", sampling_params, len(prompts), SamplingParams)
+        priorities = _one_each("priority", 0 if priority is None else priority, len(prompts), int)
+        if priority is not None and self.ready.config.scheduler.policy == "fcfs" and any(priorities):
+            raise InvalidRequestError(
+                'priority is given, but the engine serves first come, first served: use scheduling_policy="priority"',
+                param="priority",
+            )
+        return [
+            self._frontend.process(
+                str(next(self._ids)),
+                prompt,
+                _final_only(one_params or self.get_default_sampling_params()),
+                priority=one_priority,
+                lora_request=lora_request,
+            )
+            for prompt, one_params, one_priority in zip(prompts, params, priorities, strict=True)
+        ]
+
+    def _run(self, requests: list[ProcessedRequest], use_tqdm: UseTqdm) -> list[RequestOutput]:
+        finished: dict[str, RequestOutput] = {}
+        with _Progress(use_tqdm, len(requests)) as progress, DeferredInterrupt() as interrupt:
+            try:
+                for output in self._work(requests, interrupt):
+                    finished[output.request_id] = output
+                    progress.note(output)
+            except EngineDeadError:
+                raise
+            except BaseException:  # Ctrl-C, or a refusal: end the rest of this call, keep the engine
+                self._frontend.abort([request.request_id for request in requests])
+                self._frontend.client.call("ping")  # the aborts are read before this is answered
+                raise
+        return [finished[request.request_id] for request in requests]
+
+    def _work(self, requests: list[ProcessedRequest], interrupt: DeferredInterrupt) -> Iterator[RequestOutput]:
+        """Submit requests as the engine's queue has room, and yield each output that finishes."""
+        frontend, limits = self._frontend, self.ready.config.scheduler
+        # Lower priorities first, so that none waits here behind one that the engine would run later.
+        waiting = deque(sorted(requests, key=lambda request: request.core_requests[0].priority))
+        room = _QueueRoom(limits.max_num_queued_reqs, limits.max_num_queued_tokens)
+        while waiting or room.num_requests:
+            while waiting and room.fits(waiting[0]):
+                request = waiting.popleft()
+                room.enter(request)
+                frontend.submit(request)
+            received = frontend.client.recv(None)
+            interrupt.check()
+            if received is None:
+                continue
+            outputs, refusals = frontend.take(received)
+            if refusals:
+                raise refusals[0].cause
+            for output in outputs:
+                room.leave(output.request_id)
+                yield output
+
+
+class _QueueRoom:
+    """How much of the engine's bounded queue this call has filled, at most: what runs already is counted too."""
+
+    def __init__(self, max_requests: int, max_tokens: int) -> None:
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._num_sequences = 0
+        self._num_tokens = 0
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._sizes)
+
+    def fits(self, request: ProcessedRequest) -> bool:
+        if not self._sizes:
+            return True
+        num_sequences, num_tokens = self._size(request)
+        return (
+            self._num_sequences + num_sequences <= self._max_requests
+            and self._num_tokens + num_tokens <= self._max_tokens
+        )
+
+    def enter(self, request: ProcessedRequest) -> None:
+        size = self._sizes[request.request_id] = self._size(request)
+        self._num_sequences += size[0]
+        self._num_tokens += size[1]
+
+    def leave(self, request_id: str) -> None:
+        num_sequences, num_tokens = self._sizes.pop(request_id)
+        self._num_sequences -= num_sequences
+        self._num_tokens -= num_tokens
+
+    def _size(self, request: ProcessedRequest) -> tuple[int, int]:
+        num_sequences = len(request.core_requests)
+        return num_sequences, num_sequences * len(request.prompt_token_ids)
+
+
+class _Progress:
+    """A bar of prompts with tokens per second, or nothing."""
+
+    def __init__(self, use_tqdm: UseTqdm, total: int) -> None:
+        self._bar: Any = None
+        self._num_prompt_tokens = 0
+        self._num_tokens = 0
+        if use_tqdm and total:
+            # disable=None: only on a terminal, unless the caller brings a bar of its own.
+            options: dict[str, Any] = {"total": total, "desc": "Prompts", "dynamic_ncols": True}
+            self._bar = use_tqdm(**options) if callable(use_tqdm) else tqdm(**options, disable=None)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def note(self, output: RequestOutput) -> None:
+        if self._bar is None:
+            return
+        self._num_prompt_tokens += len(output.prompt_token_ids or ())
+        self._num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+        seconds = self._bar.format_dict["elapsed"] or 1e-9
+        self._bar.set_postfix_str(
+            f"in {self._num_prompt_tokens / seconds:.1f} tokens/s, out {self._num_tokens / seconds:.1f} tokens/s",
+            refresh=False,
+        )
+        self._bar.update(1)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, whether one or several came."""
+    if isinstance(prompts, str | Mapping):
+        return [cast("Prompt", prompts)]
+    if not isinstance(prompts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidRequestError(
+            f"prompts is a {type(prompts).__name__}, but must be a prompt or a list of prompts", param="prompts"
+        )
+    if prompts and isinstance(prompts[0], int):
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
+
+
+def _one_each(name: str, given: Any, count: int, kind: type) -> list[Any]:
+    """``count`` values, from one for all or one for each."""
+    if given is None or isinstance(given, kind):
+        return [given] * count
+    if not isinstance(given, Sequence) or len(cast("Sequence[Any]", given)) != count:
+        shown = f"{len(cast('Sequence[Any]', given))} of them" if isinstance(given, Sequence) else repr(given)
+        raise InvalidRequestError(f"{name}: {shown} for {count} prompts; give one for all or one each", param=name)
+    return list(cast("Sequence[Any]", given))
+
+
+def _final_only(params: Any) -> Any:
+    """The same without intermediate outputs, which nobody would see here. Anything else is the checker's matter."""
+    if not isinstance(params, SamplingParams) or params.output_kind is RequestOutputKind.FINAL_ONLY:
+        return params
+    return msgspec.structs.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+def _refuse_given(name: str, value: object) -> None:
+    if value:
+        raise InvalidRequestError(f"{name} is not supported by this version of Octavo; leave it out", param=name)
+
+
+def _signature() -> inspect.Signature:
+    """What ``help(LLM)`` shows: every field of EngineArgs as a keyword."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    defaults = vars(EngineArgs())
+    names = [name for name in settings_of(EngineArgs) if name != "model"]
+    return inspect.Signature(
+        [
+            inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None),
+            inspect.Parameter("in_process", keyword, default=True),
+            *(inspect.Parameter(name, keyword, default=defaults[name]) for name in names),
+        ]
+    )
+
+
+LLM.__signature__ = _signature()  # type: ignore[attr-defined]
