@@ -89,6 +89,7 @@ class Detokenizer:
         Returns:
             The stop string that ended the answer, or None. Nothing may be pushed after one.
         """
+        assert not self._done, "the answer has ended"
         stream = self._stream
         if stream is None:
             self.token_ids.extend(token_ids)

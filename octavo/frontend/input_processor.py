@@ -295,16 +295,8 @@ class InputProcessor:
                         f"{name} has token id {token_id}, but the vocabulary ends at {self._vocab_size - 1}",
                         param=name,
                     )
-        for name in ("logprobs", "prompt_logprobs"):
-            asked = getattr(params, name)
-            if asked is None or self._max_logprobs == -1:
-                continue
-            if (self._vocab_size if asked == -1 else asked) > self._max_logprobs:
-                shown = "-1 (the whole vocabulary)" if asked == -1 else str(asked)
-                raise InvalidRequestError(
-                    f"{name} is {shown}, but at most {self._max_logprobs} are allowed; raise --max-logprobs for more",
-                    param=name,
-                )
+        self._check_num_logprobs("logprobs", params.logprobs)
+        self._check_num_logprobs("prompt_logprobs", params.prompt_logprobs)
         if params.prompt_logprobs is not None and params.skip_reading_prefix_cache is False:
             raise InvalidRequestError(
                 "skip_reading_prefix_cache is False, but prompt_logprobs needs every prompt token computed anew: "
@@ -318,6 +310,16 @@ class InputProcessor:
                 raise InvalidRequestError(
                     f"extra_args must be made of plain data (dict, list, str, numbers): {exc}", param="extra_args"
                 ) from exc
+
+    def _check_num_logprobs(self, name: str, asked: int | None) -> None:
+        if asked is None or self._max_logprobs == -1:
+            return
+        if (self._vocab_size if asked == -1 else asked) > self._max_logprobs:
+            shown = "-1 (the whole vocabulary)" if asked == -1 else str(asked)
+            raise InvalidRequestError(
+                f"{name} is {shown}, but at most {self._max_logprobs} are allowed; raise --max-logprobs for more",
+                param=name,
+            )
 
     def _resolve(self, params: SamplingParams, num_prompt_tokens: int) -> ResolvedSampling:
         room = self._max_model_len - num_prompt_tokens
