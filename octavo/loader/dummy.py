@@ -31,7 +31,7 @@ class DummySource:
         """See WeightSource."""
         generator = torch.Generator().manual_seed(self._seed)
         pool = torch.randn(_POOL, generator=generator)
-        pool = torch.cat((pool, pool))
+        scaled: dict[int, Tensor] = {}
         for name, shape in self._expected.items():
             if not wanted(name):
                 continue
@@ -41,15 +41,17 @@ class DummySource:
                 yield name, values if name.endswith("bias") else values + 1.0
                 continue
             row_size = math.prod(shape[1:])
+            if row_size not in scaled:
+                scaled[row_size] = (pool * row_size**-0.5).repeat(2)
             rows = max(1, SLICE_BYTES // 4 // row_size)
             for row in range(0, shape[0], rows):
                 count = min(rows, shape[0] - row)
-                values = _cyclic(pool, (start + row * row_size) % _POOL, count * row_size)
-                yield name, RowSlice((values * row_size**-0.5).view(count, *shape[1:]), row, shape[0])
+                values = _cyclic(scaled[row_size], (start + row * row_size) % _POOL, count * row_size)
+                yield name, RowSlice(values.view(count, *shape[1:]), row, shape[0])
 
 
 def _cyclic(pool: Tensor, start: int, count: int) -> Tensor:
     """``count`` values from ``start`` on, going round; a view where that is possible."""
     if start + count <= len(pool):
         return pool[start : start + count]
-    return pool[(torch.arange(start, start + count)) % _POOL]
+    return pool[torch.arange(start, start + count) % _POOL]
