@@ -1,16 +1,17 @@
-"""Small tokenizers of each kind, built here: byte-level, sentencepiece-like (with and without its leading space), others."""
+"""Small tokenizers of each kind, built here: byte-level, sentencepiece-like with and without leading space, others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 import pytest
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as RawTokenizer
+
 from octavo.checkpoint.tokenizer_data import TokenizerData
 from octavo.config.model import ModelConfig, RopeConfig
 from octavo.config.sections import FrontendConfig
 from octavo.frontend.tokenizer import Tokenizer
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tokenizers import Tokenizer as RawTokenizer
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, and the dog sleeps.",
@@ -21,7 +22,8 @@ CORPUS = [
 ] * 3
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -77,7 +79,22 @@ def sentencepiece_raw(*, prefix_space: bool) -> RawTokenizer:
 
 
 def _word_level_raw(decoder: decoders.Decoder | None) -> RawTokenizer:
-    words = ["[UNK]", "[SEP]", "[CLS]", "un", "##aff", "##able", "hello", "world", "##s", "a", "##b", ",", "▁hi", "▁you"]
+    words = [
+        "[UNK]",
+        "[SEP]",
+        "[CLS]",
+        "un",
+        "##aff",
+        "##able",
+        "hello",
+        "world",
+        "##s",
+        "a",
+        "##b",
+        ",",
+        "▁hi",
+        "▁you",
+    ]
     raw = RawTokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     if decoder is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from octavo.errors import ConfigError, InvalidRequestError
 from octavo.frontend import chat_template
 from octavo.frontend.chat_template import ChatOptions, ChatTemplates, read_chat_template
@@ -37,7 +38,8 @@ LLAMA3 = """{{- bos_token }}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}"""
-GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+GEMMA = """{{ bos_token }}
+{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
 {% for message in messages %}
     {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
         {{ raise_exception('Conversation roles must alternate') }}
@@ -125,7 +127,7 @@ def test_developer_is_system_for_templates_that_do_not_know_it() -> None:
         ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
         ([{"role": "user", "content": "x"}, {"role": "user", "content": None}], "messages[1].content"),
         ([{"role": "user", "content": 3}], "messages[0].content"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}], "messages[0].content[1]"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}], "messages[0].content[1]"),
         ([{"role": "user", "content": [{"type": "hologram"}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": [7]}], "messages[0].content[0]"),

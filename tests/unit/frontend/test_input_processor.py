@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from octavo.config.model import ModelConfig
 from octavo.config.sections import FrontendConfig
 from octavo.errors import ConfigError, ContextLengthError, InvalidRequestError

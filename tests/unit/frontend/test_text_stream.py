@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from octavo.frontend.text_stream import ByteFallbackDecoder, ByteLevelDecoder, WindowDecoder, decode_whole, make_decoder
 from octavo.frontend.tokenizer import Tokenizer
 
@@ -49,9 +50,7 @@ def fallback_reference(tokenizer: Tokenizer, ids: list[int], skip: bool, *, stri
         ("none", WindowDecoder),
     ],
 )
-def test_the_kind_of_decoder_is_recognised(
-    tokenizers: Callable[[str], Tokenizer], kind: str, decoder: type
-) -> None:
+def test_the_kind_of_decoder_is_recognised(tokenizers: Callable[[str], Tokenizer], kind: str, decoder: type) -> None:
     assert type(make_decoder(tokenizers(kind)._raw)) is decoder
 
 

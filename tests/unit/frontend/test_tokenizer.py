@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from octavo.errors import InvalidRequestError
 from octavo.frontend.tokenizer import Tokenizer, load_tokenizer
 
@@ -48,9 +49,7 @@ def test_the_embedded_model(smollm2_gguf: Path) -> None:
     assert tokenizer.eos_token == "<|im_end|>"
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     text = tokenizer.apply_chat_template(messages)
-    assert text == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     ids = tokenizer.apply_chat_template(messages, tokenize=True)
     assert tokenizer.decode(ids) == text
     assert ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
