@@ -17,7 +17,7 @@ from typing import Protocol
 from octavo.config.sections import CacheConfig, SchedulerConfig
 from octavo.engine.core import EngineCore
 from octavo.executor.inline import InlineExecutor
-from octavo.kv_spec import KVCacheSpec, KVGroupSpec, KVKind
+from octavo.kv_spec import KVCacheSpec
 from octavo.messages import (
     AbortRequests,
     CoreOutput,
@@ -32,56 +32,10 @@ from octavo.messages import (
 )
 from octavo.sampling_params import RepetitionDetection
 from octavo.scheduler.scheduler import Scheduler
+from tests.simulation.configs import cache_config, kv_spec, scheduler_config
 from tests.simulation.fake_worker import FakeWorker, ReferenceOutput, never, reference_outputs
 
-VOCAB_SIZE = 12
-
-
-def cache_config(block_size: int = 16, **changes: object) -> CacheConfig:
-    """A CacheConfig for tests."""
-    values: dict[str, object] = {
-        "block_size": block_size,
-        "kv_cache_dtype": "float32",
-        "enable_prefix_caching": True,
-        "prefix_caching_hash_algo": "sha256",
-        "memory_utilization": 0.9,
-        "kv_cache_memory_bytes": None,
-        "num_blocks_override": None,
-    }
-    return CacheConfig(**(values | changes))  # type: ignore[arg-type]
-
-
-def scheduler_config(**changes: object) -> SchedulerConfig:
-    """A SchedulerConfig for tests."""
-    values: dict[str, object] = {
-        "max_model_len": 512,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
-        "enable_chunked_prefill": True,
-        "long_prefill_token_threshold": 0,
-        "policy": "fcfs",
-        "max_num_queued_reqs": 1000,
-        "max_num_queued_tokens": 1_000_000,
-    }
-    return SchedulerConfig(**(values | changes))  # type: ignore[arg-type]
-
-
-def kv_spec(block_size: int = 16, *windows: int | None) -> KVCacheSpec:
-    """One KV group per window; None is full attention. No windows: one full group."""
-    return KVCacheSpec(
-        tuple(
-            KVGroupSpec(
-                KVKind.FULL if window is None else KVKind.SLIDING_WINDOW,
-                layer_indices=(index,),
-                num_kv_heads=1,
-                head_dim=1,
-                bytes_per_element=4,
-                sliding_window=window,
-            )
-            for index, window in enumerate(windows or (None,))
-        ),
-        block_size,
-    )
+VOCAB_SIZE = 30
 
 
 class Loop(Protocol):
@@ -183,31 +137,32 @@ class Received:
 
 
 def make_workload(rng: random.Random) -> Workload:
-    """Draw everything."""
-    block_size = rng.choice([1, 2, 3, 4, 4, 8, 16])
+    """Draw everything; a third are storms: many short prompts with long answers in a cache for one."""
+    is_storm = rng.random() < 0.35
+    block_size = rng.choice([1, 2, 3, 4] if is_storm else [1, 2, 3, 4, 8, 16])
     windows = rng.choice([(None,), (None,), (None, rng.randint(1, 24)), (rng.randint(1, 24),), (None, 3, 9)])
     spec = kv_spec(block_size, *windows)
-    max_model_len = rng.randint(8, 80)
+    max_model_len = rng.randint(30, 60) if is_storm else rng.randint(8, 80)
     is_chunking = rng.random() < 0.8
     max_num_batched_tokens = rng.choice([1, 3, 8, 24, 64]) if is_chunking else max_model_len + rng.randint(0, 20)
     policy = rng.choice(["fcfs", "priority", "fair"])
     config = scheduler_config(
         max_model_len=max_model_len,
-        max_num_seqs=rng.randint(1, 8),
+        max_num_seqs=16 if is_storm else rng.choice([1, 3, 8]),
         max_num_batched_tokens=max_num_batched_tokens,
         enable_chunked_prefill=is_chunking,
         long_prefill_token_threshold=rng.choice([0, 0, 2, 7]) if is_chunking else 0,
         policy=policy,
         tenant_weights={"a": rng.choice([0.5, 1.0, 3.0])},
     )
-    requests = _make_requests(rng, max_model_len, policy)
+    requests = _make_requests(rng, max_model_len, policy, is_storm)
     # As small as the longest request allows, so that most workloads preempt.
     needed = max(_num_blocks_for(request, spec, max_model_len, is_chunking) for request in requests)
     aborts: dict[int, list[str]] = {}
     for request in requests:
         if rng.random() < 0.15:
             aborts.setdefault(rng.randint(0, 60), []).append(request.request_id)
-    modulus = rng.choice([0, 0, 0, 61])
+    modulus = rng.choice([0, 0, 0, 0, 211])
     return Workload(
         scheduler_config=config,
         cache_config=cache_config(
@@ -216,10 +171,10 @@ def make_workload(rng: random.Random) -> Workload:
             prefix_caching_hash_algo=rng.choice(["sha256", "blake2b"]),
         ),
         kv_spec=spec,
-        num_blocks=1 + needed + rng.choice([0, 0, 1, 3, needed, 4 * needed]),
+        num_blocks=1 + needed + (rng.randint(0, 2) if is_storm else rng.choice([0, 1, 3, needed, 4 * needed])),
         depth=rng.randint(1, 3),
         error_when=(lambda history: history % modulus == 5) if modulus else never,
-        arrivals=[(rng.randint(0, 40), request) for request in requests],
+        arrivals=[(rng.randint(0, 3 if is_storm else 30), request) for request in requests],
         aborts=aborts,
     )
 
@@ -235,15 +190,15 @@ def _num_blocks_for(request: EngineCoreRequest, spec: KVCacheSpec, max_model_len
     return total
 
 
-def _make_requests(rng: random.Random, max_model_len: int, policy: str) -> list[EngineCoreRequest]:
+def _make_requests(rng: random.Random, max_model_len: int, policy: str, is_storm: bool) -> list[EngineCoreRequest]:
     stems = [[rng.randrange(VOCAB_SIZE) for _ in range(max_model_len)] for _ in range(2)]
     requests: list[EngineCoreRequest] = []
-    for index in range(rng.randint(2, 12)):
-        length = rng.randint(1, max_model_len - 1)
-        shared = rng.randint(0, length)
+    for index in range(rng.randint(6, 12) if is_storm else rng.randint(2, 10)):
+        length = rng.randint(1, max(1, max_model_len // 4) if is_storm else max_model_len - 1)
+        shared = rng.choice([rng.randint(0, length), max(0, length - rng.randint(0, 2))])
         prompt = rng.choice(stems)[:shared] + [rng.randrange(VOCAB_SIZE) for _ in range(length - shared)]
         salt = rng.choice([None, None, "a", "b"])
-        max_tokens = rng.randint(1, 30)
+        max_tokens = rng.randint(20, 60) if is_storm else rng.randint(1, 20)
         requests.append(
             EngineCoreRequest(
                 request_id=f"r{index}",
@@ -252,11 +207,11 @@ def _make_requests(rng: random.Random, max_model_len: int, policy: str) -> list[
                     max_tokens=max_tokens,
                     seed=0 if salt is None else ord(salt),
                     min_tokens=rng.choice([0, 0, rng.randint(0, max_tokens)]),
-                    eos_token_ids=rng.choice([[], [rng.randrange(VOCAB_SIZE)]]),
-                    stop_token_ids=rng.choice([[], [rng.randrange(VOCAB_SIZE), 99]]),
+                    eos_token_ids=rng.choice([[], [], [rng.randrange(VOCAB_SIZE)]]),
+                    stop_token_ids=rng.choice([[], [], [rng.randrange(VOCAB_SIZE), 99]]),
                     logprobs=rng.choice([None, None, 0]),
                     prompt_logprobs=rng.choice([None, None, None, 0]),
-                    repetition_detection=rng.choice([None, None, RepetitionDetection(max_pattern_size=3)]),
+                    repetition_detection=rng.choice([None, None, None, RepetitionDetection(max_pattern_size=2)]),
                     skip_reading_prefix_cache=rng.random() < 0.1,
                 ),
                 arrival_time_s=0.0,
@@ -288,14 +243,14 @@ def run_workload(seed: int, loop_class: LoopClass) -> EngineSnapshot:
     worker.allocate(workload.num_blocks)
     loop = loop_class(scheduler, worker, workload.depth, rng)
     try:
-        drive(workload, scheduler, loop)
+        drive(workload, scheduler, loop, books_interval=rng.choice([1, 7, 7, 7]))
         return check_outcome(workload, scheduler, loop.outputs)
     except AssertionError as error:
         raise AssertionError(f"workload {seed} with {loop_class}: {error}") from error
 
 
-def drive(workload: Workload, scheduler: Scheduler, loop: Loop) -> None:
-    """Turn the loop until all is done, adding and aborting on the way; the books are checked after each turn."""
+def drive(workload: Workload, scheduler: Scheduler, loop: Loop, books_interval: int) -> None:
+    """Turn the loop until all is done, adding and aborting on the way; the books are checked as it goes."""
     pending = sorted(workload.arrivals, key=lambda arrival: arrival[0])
     total_tokens = sum(len(r.prompt_token_ids) + r.sampling.max_tokens for _, r in pending)
     # No request starves: even one token per step, with every preemption computing all again, ends well before this.
@@ -306,7 +261,8 @@ def drive(workload: Workload, scheduler: Scheduler, loop: Loop) -> None:
         if turn in workload.aborts:
             loop.abort(workload.aborts[turn])
         loop.turn()
-        scheduler.check_books()
+        if turn % books_interval == 0:
+            scheduler.check_books()
         if not pending and loop.is_idle():
             return
     raise AssertionError(f"not done after {max_turns} turns: {scheduler.snapshot()}")
@@ -338,6 +294,7 @@ def check_outcome(workload: Workload, scheduler: Scheduler, outputs: list[Engine
         assert got is not None and got.last is not None, f"{request.request_id} never ended"
         _check_request(workload, request, got, request.request_id in aborted)
     snapshot = scheduler.snapshot()
+    scheduler.check_books()
     assert snapshot.num_running == snapshot.num_waiting == 0
     assert snapshot.num_free_blocks == workload.num_blocks - 1, "a block is leaked"
     assert snapshot.generation_tokens == sum(len(got.token_ids) for got in received.values())
