@@ -76,7 +76,7 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
     )
 
 
-def apply_environment(args: EngineArgs, environment: Environment, device_type: str = "cpu") -> EngineArgs:
+def apply_environment(args: EngineArgs, environment: Environment) -> EngineArgs:
     """``args`` with what the environment says about settings that were left to us."""
     changes: dict[str, Any] = {}
     if environment.attention_backend is not None and args.attention_backend == "auto":
@@ -84,7 +84,7 @@ def apply_environment(args: EngineArgs, environment: Environment, device_type: s
     if environment.allow_long_max_model_len and not args.allow_long_max_model_len:
         changes["allow_long_max_model_len"] = True
     sized = args.kv_cache_memory_bytes is not None or args.num_gpu_blocks_override is not None
-    if environment.cpu_kv_cache_bytes is not None and device_type == "cpu" and not sized:
+    if environment.cpu_kv_cache_bytes is not None and args.device != "cuda" and not sized:
         changes["kv_cache_memory_bytes"] = environment.cpu_kv_cache_bytes
     return replace(args, **changes) if changes else args
 

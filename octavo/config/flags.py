@@ -11,6 +11,7 @@ import argparse
 import importlib
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -113,7 +114,8 @@ class FlagParser(argparse.ArgumentParser):
         word = words[0].lower().replace("_", "-")
         titles = [group.title or "" for group in self._action_groups[2:]]  # pyright: ignore[reportPrivateUsage]
         if word == "listgroup":
-            self.exit(0, "\n".join(["Groups (show one with --help=NAME):", *(f"  {title}" for title in titles)]) + "\n")
+            self._print_message("\n".join(["Groups (show one with --help=NAME):", *titles, ""]), sys.stdout)
+            self.exit(0)
         formatter = self._get_formatter()
         for group in self._action_groups:
             in_title = word in (group.title or "").lower()
@@ -122,8 +124,10 @@ class FlagParser(argparse.ArgumentParser):
                 formatter.start_section(group.title)
                 formatter.add_arguments(actions)
                 formatter.end_section()
-        text = formatter.format_help()
-        self.exit(0, text or f"No flag mentions {word!r}.{did_you_mean(word, [f.lstrip('-') for f in self.flags()])}\n")
+        words = [flag.lstrip("-") for flag in self.flags()]
+        text = formatter.format_help() or f"No flag mentions {word!r}.{did_you_mean(word, words)}\n"
+        self._print_message(text, sys.stdout)
+        self.exit(0)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
