@@ -15,7 +15,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -28,7 +27,6 @@ from octavo.errors import ConfigError, InvalidRequestError
 
 MAX_RENDERED_CHARS = 64 << 20
 """A conversation that becomes longer than this is refused; the longest contexts of today are a tenth of it."""
-MAX_TEMPLATE_CHARS = 4 << 20
 ROLES = frozenset({"system", "developer", "user", "assistant"})
 TOOL_ROLES = frozenset({"tool", "function"})
 MEDIA_PARTS = frozenset(
@@ -109,28 +107,17 @@ def _make_environment() -> _Environment:
     return environment
 
 
-def read_chat_template(value: str) -> str:
-    """The template that ``--chat-template`` names: a file's content, or the value itself when it is a template.
+def check_template(source: str) -> None:
+    """Look at a template that the user gave at start-up.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is not valid Jinja.
     """
-    if "{{" in value or "{%" in value:
-        return value
-    path = Path(value)
     try:
-        if path.stat().st_size > MAX_TEMPLATE_CHARS:
-            raise ConfigError(
-                f"--chat-template: {value} is larger than {MAX_TEMPLATE_CHARS} bytes", param="chat_template"
-            )
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as exc:
-        if isinstance(exc, ConfigError):
-            raise
+        _make_environment().parse(source)
+    except TemplateSyntaxError as exc:
         raise ConfigError(
-            f"--chat-template {value[:200]!r} is neither a file that can be read ({exc}) nor a Jinja template "
-            "(which would hold '{{' or '{%')",
-            param="chat_template",
+            f"the chat template given is not valid Jinja: line {exc.lineno}: {exc.message}", param="chat_template"
         ) from exc
 
 

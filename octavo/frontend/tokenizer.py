@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 
 from octavo.checkpoint.tokenizer_data import TokenizerData, load_tokenizer_data
 from octavo.errors import InvalidRequestError
-from octavo.frontend.chat_template import ChatOptions, ChatTemplates
+from octavo.frontend.chat_template import ChatOptions, ChatTemplates, check_template
 from octavo.frontend.text_stream import (
     PROMPT_TAIL,
     TextStream,
@@ -48,6 +48,9 @@ class Tokenizer:
     Args:
         data: From ``load_tokenizer_data``.
         chat_template: Jinja text that takes the place of the tokenizer's own default.
+
+    Raises:
+        ConfigError: ``chat_template`` is not valid Jinja.
     """
 
     def __init__(self, data: TokenizerData, chat_template: str | None = None) -> None:
@@ -57,6 +60,7 @@ class Tokenizer:
         self._decoder = make_decoder(data.tokenizer)
         templates = dict(data.chat_templates)
         if chat_template is not None:
+            check_template(chat_template)
             templates["default"] = chat_template
         self.special_tokens_map: dict[str, str] = {
             role: token for role in ROLES if (token := self._special_token(role)) is not None
@@ -319,5 +323,6 @@ def load_tokenizer(path: str | os.PathLike[str], chat_template: str | None = Non
 
     Raises:
         CheckpointError: The tokenizer is absent, damaged or of a kind that cannot be read.
+        ConfigError: ``chat_template`` is not valid Jinja.
     """
     return Tokenizer(load_tokenizer_data(path), chat_template)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from octavo.errors import ConfigError, InvalidRequestError
 from octavo.frontend import chat_template
-from octavo.frontend.chat_template import ChatOptions, ChatTemplates, read_chat_template
+from octavo.frontend.chat_template import ChatOptions, ChatTemplates
 from octavo.frontend.tokenizer import Tokenizer
 
 CHATML = """{%- for message in messages %}
@@ -192,18 +191,11 @@ def test_templates_are_chosen_by_name() -> None:
         render({})
 
 
-def test_the_flag_takes_a_file_or_a_template(tmp_path: Path) -> None:
-    file = tmp_path / "chat.jinja"
-    file.write_text("{{ 'ü' }}", encoding="utf-8")
-    assert read_chat_template(str(file)) == "{{ 'ü' }}"
-    assert read_chat_template("{% if 1 %}") == "{% if 1 %}"
-    with pytest.raises(ConfigError, match="neither a file"):
-        read_chat_template(str(tmp_path / "absent.jinja"))
-
-
 def test_the_users_template_takes_the_place_of_the_default(tokenizers: Callable[[str], Tokenizer]) -> None:
     data = tokenizers("byte_level")._data
     tokenizer = Tokenizer(data, chat_template="[{{ messages[0].content }}]")
     assert tokenizer.apply_chat_template(CHATS[1]) == "[one]"
     with pytest.raises(InvalidRequestError, match="tools"):
         tokenizer.apply_chat_template(CHATS[1], tools=[{}])
+    with pytest.raises(ConfigError, match="line 2"):
+        Tokenizer(data, chat_template="fine\n{% if %}")

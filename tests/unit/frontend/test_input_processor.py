@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,7 +18,7 @@ from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import InputProcessor
 from octavo.frontend.tokenizer import Tokenizer
 from octavo.messages import ResolvedSampling
-from octavo.sampling_params import RepetitionDetection, SamplingParams
+from octavo.sampling_params import RepetitionDetection, RequestOutputKind, SamplingParams
 
 MAX_LEN = 32
 
@@ -283,3 +285,13 @@ def test_without_a_tokenizer_prompts_are_ids(model_config: ModelConfig, frontend
         with pytest.raises(InvalidRequestError, match="skip-tokenizer-init") as caught:
             resolved(inputs, prompt, **params)
         assert caught.value.param == param
+
+
+def test_the_page_on_sampling_names_every_field_with_its_default() -> None:
+    """Red when a field is added, or a default changed, without a word in docs/sampling.md."""
+    page = (Path(__file__).parents[3] / "docs" / "sampling.md").read_text(encoding="utf-8")
+    for field in msgspec.structs.fields(SamplingParams):
+        default = field.default.name if isinstance(field.default, RequestOutputKind) else field.default
+        row = re.search(rf"^\| `{field.name}` \| `?([^|`]*?)`? \|", page, re.MULTILINE)
+        assert row is not None, field.name
+        assert row[1] == str(default), field.name
