@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from octavo.cli.session import MakeSession, Reply, Session
 from octavo.config.args import EngineArgs
-from octavo.config.env import Environment, read_environment
+from octavo.config.env import apply_environment, read_environment
 from octavo.config.flags import FlagParser, add_setting_flag
 from octavo.config.setting import Setting
 from octavo.messages import EngineReady
@@ -96,7 +96,7 @@ def add_output_flags(parser: FlagParser) -> None:
     group.add_argument("-v", "--verbose", action="store_true", help="The whole start-up log.")
 
 
-def set_up(namespace: argparse.Namespace, parser: FlagParser) -> Environment:
+def set_up(namespace: argparse.Namespace, parser: FlagParser) -> None:
     """Configure the log as flags and environment say, and pass on what the parser noted.
 
     Raises:
@@ -109,12 +109,12 @@ def set_up(namespace: argparse.Namespace, parser: FlagParser) -> Environment:
         if namespace.quiet:
             level = "error"
         elif not is_set:
-            level = "info" if namespace.verbose else "warning"
+            wants_stats = vars(namespace).get("disable_log_stats") is False
+            level = "info" if namespace.verbose or wants_stats else "warning"
         configure_logging(level)
     if not namespace.quiet:
         for note in (*parser.notes, *environment.notes):
             tell(note)
-    return environment
 
 
 def tell(text: str, *, end: str = "\n") -> None:
@@ -144,7 +144,7 @@ def start(args: EngineArgs, quiet: bool, make_session: MakeSession | None = None
         module, _, function = ENGINE_SESSION.partition(":")
         make_session = cast("MakeSession", getattr(importlib.import_module(module), function))
     try:
-        session = make_session(args)
+        session = make_session(apply_environment(args, read_environment(os.environ)))
     finally:
         if is_shown:
             sys.stderr.write(CLEAR_LINE)

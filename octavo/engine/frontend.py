@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from octavo import errors
 from octavo.config.args import EngineArgs
+from octavo.config.env import read_environment
 from octavo.config.sections import FrontendConfig
 from octavo.engine.client import EngineClient
 from octavo.engine.launch import BUILD, launch_engine
@@ -24,7 +26,7 @@ from octavo.frontend.output_processor import OutputProcessor
 from octavo.frontend.tokenizer import Tokenizer, load_tokenizer
 from octavo.messages import EngineCoreOutput, EngineCoreOutputs, EngineStarting
 from octavo.observability.metrics import Metric, metrics_of
-from octavo.observability.stats import ThroughputMeter
+from octavo.observability.stats import LOG_INTERVAL_S, ThroughputMeter
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 
@@ -45,10 +47,17 @@ class Frontend:
     Args:
         client: The running engine.
         tokenizer: None under ``skip_tokenizer_init``.
-        log_stats: Whether to log throughput every ten seconds while the engine works.
+        log_stats: Whether to log throughput while the engine works.
+        log_interval_s: Seconds between two such lines.
     """
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer | None, log_stats: bool = False) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        log_stats: bool = False,
+        log_interval_s: float = LOG_INTERVAL_S,
+    ) -> None:
         config = client.ready.config
         self.client = client
         self.tokenizer = tokenizer
@@ -56,7 +65,7 @@ class Frontend:
         self.outputs = OutputProcessor(tokenizer)
         self.next_id = itertools.count()
         label = "" if config.device.device_type == "cpu" else "GPU"
-        self._meter = ThroughputMeter(device_label=label) if log_stats else None
+        self._meter = ThroughputMeter(device_label=label, interval_s=log_interval_s) if log_stats else None
 
     @property
     def need_tokenizer(self) -> Tokenizer:
@@ -139,7 +148,8 @@ def start_frontend(args: EngineArgs, in_process: bool, log_stats: bool | None = 
         client = launch_engine(args, in_process, on_starting, build)
         try:
             tokenizer = loading[0].result() if loading else _load_tokenizer(client.ready.config.frontend)
-            return Frontend(client, tokenizer, args.disable_log_stats is False if log_stats is None else log_stats)
+            is_logging = args.disable_log_stats is False if log_stats is None else log_stats
+            return Frontend(client, tokenizer, is_logging, read_environment(os.environ).log_stats_interval_s)
         except BaseException:
             client.close()
             raise
