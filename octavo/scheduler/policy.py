@@ -15,8 +15,8 @@ from octavo.config.sections import SchedulerConfig
 from octavo.scheduler.request import Request
 from octavo.utils.registry import Registry
 
-_MAX_IDLE_TENANTS = 4096
-"""Beyond this, tenants whose counter no longer matters are forgotten."""
+_MAX_TENANTS = 4096
+"""Counters kept by the fair policy; beyond this, tenants that do not wait are forgotten."""
 
 
 class SchedulingPolicy(Protocol):
@@ -147,7 +147,7 @@ class FairPolicy:
         if not queue:
             del self._queues[request.tenant]
             self._last_counter = max(self._last_counter, self._counters[request.tenant])
-            if len(self._counters) > _MAX_IDLE_TENANTS:
+            if len(self._counters) > _MAX_TENANTS:
                 self._forget_idle_tenants()
 
     def peek(self) -> Request | None:
@@ -175,11 +175,12 @@ class FairPolicy:
         self._counters[tenant] = self._counters.get(tenant, 0.0) + cost
 
     def _forget_idle_tenants(self) -> None:
-        """Drop counters that would be lifted anyway when their tenant comes back."""
-        level = min((self._counters[tenant] for tenant in self._queues), default=self._last_counter)
-        self._counters = {
-            tenant: counter for tenant, counter in self._counters.items() if tenant in self._queues or counter > level
-        }
+        """Drop half of the counters of tenants that do not wait, the lowest: those say least about who is ahead."""
+        idle = sorted(
+            (tenant for tenant in self._counters if tenant not in self._queues), key=self._counters.__getitem__
+        )
+        for tenant in idle[: len(idle) // 2]:
+            del self._counters[tenant]
 
 
 POLICIES = Registry(

@@ -14,7 +14,7 @@ import pytest
 from octavo.messages import EngineSnapshot
 from tests.simulation.harness import AdversarialLoop, EngineLoop, LoopClass, run_workload
 
-NUM_WORKLOADS = int(os.environ.get("OCTAVO_SIMULATION_WORKLOADS", "800"))
+NUM_WORKLOADS = int(os.environ.get("OCTAVO_SIMULATION_WORKLOADS", "500"))
 FIRST_SEED = int(os.environ.get("OCTAVO_SIMULATION_SEED", "0"))
 
 
