@@ -38,6 +38,7 @@ ALIASES: Mapping[str, PackagedModel] = {
 }
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "LICENSE*")
 """What is fetched of a hub repository. Never .bin, .pt or .py."""
+TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "*.jinja", "chat_template.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(:[\w.-]{1,40})?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 HUB_TIMEOUT_S = 10
@@ -76,6 +77,23 @@ def locate_model(model: str | None, revision: str | None = None, download_dir: s
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or not _HUB_NAME.fullmatch(name):
         raise ModelNotFoundError(_unknown(name), param="model")
     return _from_hub(name, revision, download_dir)
+
+
+def locate_tokenizer(tokenizer: str, revision: str | None = None, download_dir: str | None = None) -> str:
+    """Find a tokenizer that is named apart from its model: the path for ``load_tokenizer_data``.
+
+    Takes what ``locate_model`` takes, and folders that hold tokenizer files alone; of a hub repository only those are
+    fetched.
+
+    Raises:
+        ModelNotFoundError: Nothing under that name.
+    """
+    path = Path(tokenizer).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if _HUB_NAME.fullmatch(tokenizer) and ":" not in tokenizer:
+        return str(_download(tokenizer, tokenizer, TOKENIZER_FILES, revision, download_dir))
+    return locate_model(tokenizer, revision, download_dir).path
 
 
 def _unknown(name: str) -> str:
@@ -136,10 +154,14 @@ def _from_package(name: str, packaged: PackagedModel) -> LocatedModel:
 
 
 def _from_hub(name: str, revision: str | None, download_dir: str | None) -> LocatedModel:
-    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
-
     repo, _, choice = name.partition(":")
-    patterns: list[str] = [f"*{choice}*.gguf"] if choice else [*HUB_FILES]
+    patterns = (f"*{choice}*.gguf",) if choice else HUB_FILES
+    return _from_snapshot(name, repo, choice, _download(name, repo, patterns, revision, download_dir))
+
+
+def _download(name: str, repo: str, patterns: tuple[str, ...], revision: str | None, download_dir: str | None) -> Path:
+    """The folder of a snapshot, from the cache where that is all there is. The library honours its own HF_ variables."""
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     def fetch(offline: bool) -> Path:
         return Path(
@@ -147,7 +169,7 @@ def _from_hub(name: str, revision: str | None, download_dir: str | None) -> Loca
                 repo,
                 revision=revision,
                 cache_dir=download_dir,
-                allow_patterns=patterns,
+                allow_patterns=[*patterns],
                 etag_timeout=HUB_TIMEOUT_S,
                 local_files_only=offline,
             )
@@ -155,13 +177,12 @@ def _from_hub(name: str, revision: str | None, download_dir: str | None) -> Loca
 
     # What is raised for "no network" differs with the HTTP library that this version of the hub library uses.
     try:
-        folder = fetch(offline=False)
+        return fetch(offline=False)
     except Exception as exc:
         try:
-            folder = fetch(offline=True)
+            return fetch(offline=True)
         except Exception:
             raise ModelNotFoundError(_hub_failure(name, repo, revision, exc), param="model") from exc
-    return _from_snapshot(name, repo, choice, folder)
 
 
 def _from_snapshot(name: str, repo: str, choice: str, folder: Path) -> LocatedModel:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 from octavo.errors import CheckpointError
+
+MAX_NUMBER = 1e300
+"""Larger than any setting; smaller than the largest float, so that integers compared with it convert."""
 
 
 class Fields:
@@ -49,17 +51,16 @@ class Fields:
             raise self.error(name, "is missing")
         return value
 
-    def number(self, name: str, default: float | None, *, low: float, high: float = math.inf) -> float:
-        """A finite number in ``[low, high]``; ``default`` None means that it has to be there."""
+    def number(self, name: str, default: float | None, *, low: float, high: float = MAX_NUMBER) -> float:
+        """A number in ``[low, high]``; ``default`` None means that it has to be there."""
         value = self.get(name)
         if value is None:
             if default is None:
                 raise self.error(name, "is missing")
             return default
+        # NaN fails every comparison, and Python compares an integer of any size with a float exactly.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise self.error(name, f"is {value!r:.60}, but must be a number from {low:g} to {high:g}")
-        if not math.isfinite(value) or value > 1e300:
-            raise self.error(name, f"is {value!r:.60}, but must be finite")
         return float(value)
 
     def numbers(self, name: str, length: int, *, low: float) -> list[float]:
