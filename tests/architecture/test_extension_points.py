@@ -20,9 +20,10 @@ ROW = re.compile(
     r"^\|[^|]+\| ((?:`\w+`(?: and )?)+) in `(octavo/[\w/]+\.py)` \| \[[\w.-]+\]\(([\w.-]+)\) \|$", re.MULTILINE
 )
 POINTS = [
-    (protocol, path, page) for names, path, page in ROW.findall(INDEX.read_text()) for protocol in re.findall(r"\w+", names)
-    if protocol != "and"
-]  # fmt: skip
+    (protocol, path, page)
+    for names, path, page in ROW.findall(INDEX.read_text(encoding="utf-8"))
+    for protocol in re.findall(r"`(\w+)`", names)
+]
 
 
 def class_named(path: Path, name: str) -> ast.ClassDef | None:
