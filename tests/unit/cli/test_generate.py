@@ -88,8 +88,8 @@ def test_what_cannot_be_done_is_refused(argv: list[str], said: str) -> None:
 
 def test_sampling_flags_reach_the_request() -> None:
     make = Maker()
-    argv = ["-p", "x", "--temperature", "0.7", "--top-k", "5", "--max_tokens", "1k", "--stop", "END",
-            "--logit-bias", '{"7": -100}', "--stop-token-ids", "1", "2", "--ignore-eos", "--no-skip-special-tokens", "--n", "2"]  # fmt: skip
+    argv = ["-p", "x", "--temperature", "0.7", "--top-k", "5", "--max_tokens", "1k", "--stop", "END", "--n", "2"]
+    argv += ["--logit-bias", '{"7": -100}', "--stop-token-ids", "1", "2", "--ignore-eos", "--no-skip-special-tokens"]
     assert main(argv, make) == 0
     params = make.session.params[0]
     assert (params.temperature, params.top_k, params.max_tokens, params.n) == (0.7, 5, 1000, 2)
