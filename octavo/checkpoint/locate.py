@@ -160,7 +160,7 @@ def _from_hub(name: str, revision: str | None, download_dir: str | None) -> Loca
 
 
 def _download(name: str, repo: str, patterns: tuple[str, ...], revision: str | None, download_dir: str | None) -> Path:
-    """The folder of a snapshot, from the cache where that is all there is. The library honours its own HF_ variables."""
+    """The folder of a snapshot, from the cache where that is all there is. The library heeds its HF_ variables."""
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     def fetch(offline: bool) -> Path:

@@ -124,7 +124,9 @@ def write_gguf(path: Path, *, quant: str = "F32", arch: str = "llama", metadata:
 def request(path: Path, config: ModelConfig | None = None, expected: dict[str, tuple[int, ...]] | None = None,
             load_format: str = "gguf", seed: int = 0) -> LoadRequest:  # fmt: skip
     """What a source is constructed with."""
-    return LoadRequest(LoadConfig(str(path), str(path), load_format, None, seed), config or tiny_config(), expected or {})
+    return LoadRequest(
+        LoadConfig(str(path), str(path), load_format, None, seed), config or tiny_config(), expected or {}
+    )
 
 
 def collect(source: WeightSource) -> dict[str, torch.Tensor]:
@@ -147,7 +149,11 @@ def collect(source: WeightSource) -> dict[str, torch.Tensor]:
 def hf_weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Random tensors under Hugging Face names, of odd sizes."""
     g = torch.Generator().manual_seed(seed)
-    shapes = {"model.embed_tokens.weight": (50, 6), "model.norm.weight": (6,), "model.layers.0.mlp.up_proj.weight": (9, 6)}
+    shapes = {
+        "model.embed_tokens.weight": (50, 6),
+        "model.norm.weight": (6,),
+        "model.layers.0.mlp.up_proj.weight": (9, 6),
+    }
     return {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
 
 
