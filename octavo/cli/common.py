@@ -155,7 +155,7 @@ def start(args: EngineArgs, quiet: bool, make_session: MakeSession | None = None
 
 
 def describe_start(ready: EngineReady, seconds: float) -> list[str]:
-    """Three lines about what runs where, and how long it took to start.
+    """Four lines about what runs where, and how long it took to start.
 
     Args:
         ready: What the engine found.
@@ -169,7 +169,8 @@ def describe_start(ready: EngineReady, seconds: float) -> list[str]:
     return [
         f"{config.frontend.served_model_names[0]} ({config.model.architecture}, {config.load.load_format}, "
         f"{format_bytes(ready.weights_bytes)}) on {device.device_type}: {device.dtype}{quantization}, "
-        f"{plural(device.num_threads, 'thread')}, attention {ready.attention_backend}{f' ({why})' if why else ''}",
+        f"{plural(device.num_threads, 'thread')}",
+        f"attention {ready.attention_backend}{f': {why}' if why else ''}",
         f"KV cache {format_count(ready.num_kv_tokens)} tokens; {ready.max_concurrency:.2f} requests of "
         f"{format_count(config.scheduler.max_model_len)} tokens fit at once",
         f"ready in {format_seconds(seconds)} ({phases})",
@@ -178,10 +179,13 @@ def describe_start(ready: EngineReady, seconds: float) -> list[str]:
 
 def describe_reply(reply: Reply, note: str = "") -> str:
     """One line: prompt and cached tokens, time to the first token, rate, and why the answer ended."""
-    parts = [f"{plural(reply.num_prompt_tokens, 'prompt token')} ({format_count(reply.num_cached_tokens)} cached)"]
-    if reply.ttft_s is not None:
-        parts.append(f"first token {format_seconds(reply.ttft_s)}")
-    parts.append(f"{plural(reply.num_tokens, 'token')} in {format_seconds(reply.total_s)}")
+    if reply.ttft_s is None:
+        return f"nothing generated · {note}" if note else "nothing generated"
+    parts = [
+        f"{plural(reply.num_prompt_tokens, 'prompt token')} ({format_count(reply.num_cached_tokens)} cached)",
+        f"first token {format_seconds(reply.ttft_s)}",
+        f"{plural(reply.num_tokens, 'token')} in {format_seconds(reply.total_s)}",
+    ]
     rate = reply.decode_tokens_per_s
     if rate is not None:
         parts.append(f"{rate:.1f} tokens/s")

@@ -297,7 +297,7 @@ def _answer_record(index: int, answer: Answer) -> dict[str, Any]:
 
 
 def _closing(jobs: Sequence[Job], chose_template: bool) -> list[str]:
-    note = "chat template used (--raw: without)" if chose_template else ""
+    note = "asked as chat (--raw: as text)" if chose_template else ""
     if len(jobs) == 1:
         return [describe_reply(jobs[0].reply, note)] if jobs[0].reply.first_token_s is not None else []
     replies = [job.reply for job in jobs if job.reply.first_token_s is not None]

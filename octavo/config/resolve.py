@@ -214,14 +214,16 @@ def _quantization(args: EngineArgs, model: ModelConfig, notes: list[Decision]) -
     in_checkpoint = None
     if model.quantization is not None:
         in_checkpoint = str(model.quantization.get("quant_method", "unknown")).lower()
-    if args.quantization not in (None, "auto"):
-        if in_checkpoint is not None and args.quantization != in_checkpoint:
+    asked = args.quantization or "auto"
+    asked = asked if ":" in asked else asked.lower()
+    if asked != "auto":
+        if in_checkpoint is not None and asked != in_checkpoint:
             raise ConfigError(
-                f"quantization is {args.quantization}, but the checkpoint's weights are stored as {in_checkpoint}: "
+                f"quantization is {asked}, but the checkpoint's weights are stored as {in_checkpoint}: "
                 f"leave it out or give {in_checkpoint}",
                 param="quantization",
             )
-        return args.quantization or "none"
+        return asked
     if in_checkpoint is not None:
         notes.append(Decision("quantization", in_checkpoint, "the checkpoint's"))
         return in_checkpoint

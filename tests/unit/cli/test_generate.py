@@ -27,7 +27,7 @@ def test_one_prompt_is_answered_on_stdout_and_described_on_stderr(capsys: pytest
     assert "ready in" in err
     # 4 prompt tokens, first token after 0.5 s, second 0.25 s later: the numbers of the fake.
     assert "4 prompt tokens (3 cached) · first token 500 ms · 2 tokens in 750 ms · 4.0 tokens/s" in err
-    assert "chat template used" in err
+    assert "asked as chat" in err
     assert make.session.is_closed
 
 
@@ -35,7 +35,7 @@ def test_raw_continues_the_text_itself(capsys: pytest.CaptureFixture[str]) -> No
     make = Maker()
     assert main(["--raw", "--prompt", "Once upon"], make) == 0
     assert make.session.prompts == ["Once upon"]
-    assert "chat template" not in capsys.readouterr().err
+    assert "asked as chat" not in capsys.readouterr().err
 
 
 def test_a_model_without_template_gets_the_text_itself() -> None:
