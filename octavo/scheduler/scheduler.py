@@ -66,6 +66,21 @@ class _Draft:
         self.record.preemptions.append(request.num_preemptions)
 
 
+_RETRY_STEPS = 16
+"""A request that found no room is looked at again after so many steps, even if no block has been freed since: others
+may have filled the cache with its prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why it would be in vain to try to admit the first of the queue again: matching costs time in its length."""
+
+    request: Request
+    num_free_blocks: int
+    num_running: int
+    step_id: int
+
+
 class Scheduler:
     """Plans steps for one engine core. Called from one thread."""
 
@@ -100,7 +115,8 @@ class Scheduler:
         self._kv_cache = KVCacheManager(cache_config, kv_spec, num_blocks)
         self._books = Books(self._kv_cache, make_policy(scheduler_config), scheduler_config.max_num_seqs)
         self._clock = clock
-        self._step_ids = itertools.count()
+        self._num_plans = 0
+        self._refusal: _Refusal | None = None
         self._arrivals = itertools.count()
 
     # ------------------------------------------------------------------------------------------------- in and out
@@ -186,7 +202,7 @@ class Scheduler:
             return None
         books = self._books
         plan = SchedulerOutput(
-            step_id=next(self._step_ids),
+            step_id=self._num_plans,
             removed_rows=books.removed_rows,
             new_rows=draft.new_rows,
             rows=draft.rows,
@@ -195,6 +211,7 @@ class Scheduler:
             block_groups=draft.block_groups,
             block_ids=draft.block_ids,
         )
+        self._num_plans += 1
         books.removed_rows = []
         books.in_flight[plan.step_id] = draft.record
         books.counters.num_steps += 1
@@ -259,8 +276,21 @@ class Scheduler:
         books = self._books
         while self._budget.num_tokens_left > 0 and books.has_free_row:
             request = books.policy.peek()
-            if request is None or request.num_in_flight_tokens or not self._admit(draft, request):
+            if request is None or request.num_in_flight_tokens or self._is_in_vain(request):
                 return
+            if not self._admit(draft, request):
+                return
+
+    def _is_in_vain(self, request: Request) -> bool:
+        """Whether it found no room a moment ago and nothing has changed for the better."""
+        refusal = self._refusal
+        return (
+            refusal is not None
+            and refusal.request is request
+            and self._kv_cache.num_free_blocks <= refusal.num_free_blocks
+            and len(self._books.running) >= refusal.num_running
+            and self._num_plans < refusal.step_id + _RETRY_STEPS
+        )
 
     def _admit(self, draft: _Draft, request: Request) -> bool:
         """Let a waiting request run if tokens and blocks allow; whether it does."""
@@ -276,12 +306,14 @@ class Scheduler:
         if request.num_preemptions:
             num_free_wanted += len(self._books.running)
         if kv_cache.num_free_blocks < num_free_wanted:
+            self._refusal = _Refusal(request, kv_cache.num_free_blocks, len(self._books.running), self._num_plans)
             return False
         count = min(self._budget.chunk(num_known - start, 0), kv_cache.reach(hit) - start)
         if count <= 0 or (count < num_known - start and not self._budget.is_chunking):
             return False
         has_started = kv_cache.start(request.blocks, hit, start + count)
         assert has_started
+        self._refusal = None
         self._books.admit(request, hit, self._clock())
         draft.new_rows.append(
             NewRow(
