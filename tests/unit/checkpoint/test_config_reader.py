@@ -173,8 +173,8 @@ def test_multi_modal_config_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("", "not valid JSON"), ("[]", "JSON object, not list"), ("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"),
-     ('{"a": 1, "a": 2}', "'a' twice")],
+    [("", "not valid JSON"), ("[]", "JSON object, not list"), ("{", "not valid JSON"),
+     ("[" * 100_000, "not valid JSON"), ('{"a": 1, "a": 2}', "'a' twice")],
 )  # fmt: skip
 def test_broken_json(text: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=reason):
