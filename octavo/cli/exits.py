@@ -13,7 +13,13 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 def report_error(error: OctavoError, prog: str) -> int:
     """Say in one or two lines what went wrong; returns the exit status."""
     message = error.message
-    if isinstance(error, ConfigError) and error.param and message.startswith(f"{error.param} is "):
+    # A setting is shown as its flag; the name of an environment variable, in capitals, stays.
+    if (
+        isinstance(error, ConfigError)
+        and error.param
+        and error.param.islower()
+        and message.startswith(f"{error.param} is ")
+    ):
         message = "--" + error.param.replace("_", "-") + message.removeprefix(error.param)
     sys.stderr.write(f"{prog}: error: {message}\n")
     is_usage = type(error) is ConfigError and error.param is not None

@@ -36,6 +36,7 @@ def test_unknown_and_absent_commands(word: str, said: str, capsys: pytest.Captur
     ("error", "status", "said"),
     [
         (ConfigError("dtype is 'x', but must be y", param="dtype"), 2, "error: --dtype is 'x', but must be y\n"),
+        (ConfigError("OCTAVO_X is 1, but must be 2", param="OCTAVO_X"), 2, "error: OCTAVO_X is 1, but must be 2\n"),
         (ConfigError("the model has no tokenizer"), 1, "error: the model has no tokenizer\n"),
         (ModelNotFoundError("no model 'x'", param="model"), 1, "error: no model 'x'\n"),
         (OctavoError("the engine failed"), 1, "error: the engine failed\n"),

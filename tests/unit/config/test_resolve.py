@@ -59,9 +59,9 @@ def test_what_the_user_gave_is_taken_and_not_explained(located: Any) -> None:
 @pytest.mark.parametrize(
     ("device_type", "supports_bfloat16", "checkpoint", "expected"),
     [
-        ("cpu", False, "bfloat16", "float32"),
-        ("cpu", True, "bfloat16", "bfloat16"),
-        ("cpu", True, "float16", "float32"),
+        ("cpu", True, "bfloat16", "float32"),
+        ("cpu with amx_bf16", True, "bfloat16", "bfloat16"),
+        ("cpu with amx_bf16", True, "float16", "float32"),
         ("cuda", True, "bfloat16", "bfloat16"),
         ("cuda", False, "bfloat16", "float16"),
         ("cuda", True, "float16", "float16"),
@@ -71,7 +71,8 @@ def test_what_the_user_gave_is_taken_and_not_explained(located: Any) -> None:
 def test_dtype_by_device_and_checkpoint(
     located: Any, device_type: str, supports_bfloat16: bool, checkpoint: str, expected: str
 ) -> None:
-    hardware = make_hardware(device_type, supports_bfloat16=supports_bfloat16)
+    device_type, _, feature = device_type.partition(" with ")
+    hardware = make_hardware(device_type, supports_bfloat16=supports_bfloat16, features=(feature,))
     assert settle(located, make_model(dtype=checkpoint), hardware).device.dtype == expected
 
 
