@@ -68,14 +68,11 @@ def _utf8_decoder() -> codecs.IncrementalDecoder:
 class _PieceStream:
     """A stream over a table of pieces: ``str`` for whole text, ``bytes`` for what may be a part of a character."""
 
-    __slots__ = ("_pieces", "_skip", "_text_closes", "_strip", "_utf8", "_pending", "_carried")
+    __slots__ = ("_pieces", "_skip", "_strip", "_utf8", "_pending", "_carried")
 
-    def __init__(
-        self, pieces: _Pieces, prompt_tail: Sequence[int], skip: frozenset[int], *, text_closes: bool, strip: bool
-    ) -> None:
+    def __init__(self, pieces: _Pieces, prompt_tail: Sequence[int], skip: frozenset[int], *, strip: bool) -> None:
         self._pieces = pieces
         self._skip = skip
-        self._text_closes = text_closes
         self._strip = False
         self._utf8 = _utf8_decoder()
         self._pending = False
@@ -101,8 +98,6 @@ class _PieceStream:
         if isinstance(piece, str):
             if not self._pending:
                 return self._stripped(piece) if self._strip else piece
-            if self._text_closes:
-                return self._close() + piece
             piece = piece.encode()
         text = self._utf8.decode(piece)
         self._pending = bool(self._utf8.getstate()[0])
@@ -184,7 +179,7 @@ class ByteLevelDecoder:
 
     def stream(self, prompt_tail: Sequence[int], skip: frozenset[int]) -> TextStream:
         """See ``TextDecoder``."""
-        return _PieceStream(self._pieces, prompt_tail, skip, text_closes=False, strip=False)
+        return _PieceStream(self._pieces, prompt_tail, skip, strip=False)
 
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
@@ -208,7 +203,7 @@ class ByteFallbackDecoder:
 
     def stream(self, prompt_tail: Sequence[int], skip: frozenset[int]) -> TextStream:
         """See ``TextDecoder``."""
-        return _PieceStream(self._pieces, prompt_tail, skip, text_closes=True, strip=self._strip)
+        return _PieceStream(self._pieces, prompt_tail, skip, strip=self._strip)
 
 
 class WindowDecoder:

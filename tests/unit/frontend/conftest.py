@@ -106,6 +106,10 @@ def _word_level_raw(decoder: decoders.Decoder | None) -> RawTokenizer:
 def make_tokenizer(kind: str) -> Tokenizer:
     if kind == "byte_level":
         return Tokenizer(make_data(byte_level_raw(), {"default": CHATML}, eos="<|im_end|>"))
+    if kind == "window":
+        raw = byte_level_raw()
+        raw.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+        return Tokenizer(make_data(raw))
     if kind == "llama2":
         return Tokenizer(make_data(sentencepiece_raw(prefix_space=True), bos="<s>", eos="</s>", add_bos=True))
     if kind == "gemma":

@@ -137,6 +137,20 @@ def test_a_stop_string_ends_the_request_and_aborts_it_in_the_core(
     assert step(outputs, [], finish_reason=FinishReason.ABORT) == (None, [])
 
 
+def test_what_follows_a_stop_in_the_same_step_leaves_no_trace(
+    outputs: OutputProcessor, submit: Submit, byte_level: Tokenizer
+) -> None:
+    ids = byte_level.encode("a#b")
+    assert len(ids) == 3
+    submit(stop="#", logprobs=0)
+    columns = Logprobs([[i] for i in ids], [[-1.0]] * 3, [1] * 3)
+    last, aborts = step(outputs, ids, logprobs=columns)
+    assert last is not None and aborts == ["r"]
+    answer = last.outputs[0]
+    assert (answer.text, answer.token_ids, answer.cumulative_logprob) == ("a", ids[:2], -2.0)
+    assert answer.logprobs is not None and len(answer.logprobs) == 2
+
+
 def test_a_stop_string_in_the_cores_last_step_needs_no_abort(
     outputs: OutputProcessor, submit: Submit, byte_level: Tokenizer
 ) -> None:

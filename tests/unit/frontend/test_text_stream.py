@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.frontend.text_stream import ByteFallbackDecoder, ByteLevelDecoder, WindowDecoder, decode_whole, make_decoder
+from octavo.frontend.text_stream import (
+    ByteFallbackDecoder,
+    ByteLevelDecoder,
+    WindowDecoder,
+    _byte_alphabet,
+    decode_whole,
+    make_decoder,
+)
 from octavo.frontend.tokenizer import Tokenizer
 
 from .conftest import make_tokenizer
@@ -22,7 +29,7 @@ TEXTS = st.text(
     ),
     max_size=40,
 )
-KINDS = ("byte_level", "llama2", "gemma")
+KINDS = ("byte_level", "window", "llama2", "gemma")
 ALL = {kind: make_tokenizer(kind) for kind in (*KINDS, "wordpiece", "metaspace", "none")}
 
 
@@ -43,6 +50,7 @@ def fallback_reference(tokenizer: Tokenizer, ids: list[int], skip: bool, *, stri
     ("kind", "decoder"),
     [
         ("byte_level", ByteLevelDecoder),
+        ("window", WindowDecoder),
         ("llama2", ByteFallbackDecoder),
         ("gemma", ByteFallbackDecoder),
         ("wordpiece", WindowDecoder),
@@ -61,7 +69,8 @@ def test_a_streamed_text_is_the_text(kind: str, text: str) -> None:
     """Red when a decoder loses, doubles or splits a character, or mistakes a space."""
     tokenizer = ALL[kind]
     ids = tokenizer.encode(text, add_special_tokens=False)
-    pieces = [piece for stream in [tokenizer.stream()] for i in ids for piece in [stream.push(i)]]
+    stream = tokenizer.stream()
+    pieces = [*map(stream.push, ids), stream.flush()]
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
@@ -79,7 +88,8 @@ def test_any_ids_stream_to_their_whole_decoding(kind: str, data: st.DataObject, 
     whole = tokenizer.decode(ids, skip_special_tokens=skip)
     if kind in ("llama2", "gemma") and "\ufffd" in whole:
         whole = fallback_reference(tokenizer, ids, skip, strip=kind == "llama2")
-    assert streamed == whole
+    # A window gives up waiting for a character after some tokens, and may then replace once more.
+    assert streamed == whole or (kind == "window" and "\ufffd" in whole and "\ufffd" in streamed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,6 +123,24 @@ def test_bytes_that_never_become_a_character_show_at_the_end(byte_level: Tokeniz
     assert stream.flush() == ""
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "llama2"])
+def test_a_character_that_the_prompt_cut_and_nobody_goes_on_with(kind: str) -> None:
+    """Its replacement belongs to the prompt's text, not to the answer's."""
+    tokenizer = ALL[kind]
+    cut = tokenizer.encode("世", add_special_tokens=False)[:-1]
+    assert decode_whole(tokenizer.stream(cut), tokenizer.encode_inner("hello")) == "hello"
+    assert decode_whole(tokenizer.stream(cut), []) == ""
+
+
+def test_a_window_does_not_wait_forever() -> None:
+    """Red when an endless row of broken bytes shows nothing and makes each step slower than the one before."""
+    tokenizer = ALL["window"]
+    stream = tokenizer.stream()
+    byte = tokenizer.convert_tokens_to_ids(_byte_tokens("世")[0])
+    assert byte is not None
+    assert any(stream.push(byte) for _ in range(20))
+
+
 def test_an_id_beyond_the_vocabulary_gives_no_text(byte_level: Tokenizer) -> None:
     assert decode_whole(byte_level.stream(), [len(byte_level) + 5]) == ""
 
@@ -138,7 +166,5 @@ def test_spaces_between_special_tokens_can_be_left_out(tokenizers: Callable[[str
 
 
 def _byte_tokens(text: str) -> list[str]:
-    from octavo.frontend.text_stream import _byte_alphabet
-
     spelt = {byte: character for character, byte in _byte_alphabet().items()}
     return [spelt[byte] for byte in text.encode()]
