@@ -27,6 +27,7 @@ from octavo.engine.core import EngineCore
 from octavo.engine.wire import Reader, make_socket
 from octavo.errors import CheckpointError, OctavoError
 from octavo.messages import CoreDead, CoreInput, CoreOutput, EngineReady, StartupFailure
+from octavo.utils.logging import configure_logging
 
 logger = logging.getLogger("octavo.engine.core_main")
 FLUSH_MS = 2000
@@ -45,6 +46,8 @@ class LaunchOrder(msgspec.Struct):
     """One ipc address per frontend, bound there."""
     death_fd: int
     """Write end of a pipe; held open, never written."""
+    log_level: str | None
+    """As the parent configured its log; None where it left that to its user."""
 
 
 def resolve_build(path: str) -> tuple[type, Callable[..., tuple[EngineCore, EngineReady]]]:
@@ -148,6 +151,8 @@ def main() -> int:
     """Build, run until told to stop; 0 after a clean end, 1 after a failure."""
     order = read_order()
     os.set_inheritable(order.death_fd, False)
+    if order.log_level is not None:
+        configure_logging(order.log_level)
     is_stopping = threading.Event()
     running: list[EngineCore] = []
 

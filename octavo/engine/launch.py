@@ -6,6 +6,7 @@ torch. What is built is ``engine/build.py``'s matter, what the process does ``en
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from octavo.engine.client import (
 from octavo.engine.wire import Reader, make_socket
 from octavo.errors import CheckpointError, EngineDeadError
 from octavo.messages import CoreOutput, EngineReady, EngineStarting, StartupFailure
+from octavo.utils.logging import ROOT
 
 BUILD = "octavo.engine.build:build"
 OnStarting = Callable[[EngineStarting], None]
@@ -88,6 +90,7 @@ def _launch_process(args: Any, on_starting: OnStarting | None, build: str) -> Zm
             "inbound": inbound_address,
             "outbound": [outbound_address],
             "death_fd": held_fd,
+            "log_level": _configured_level(),
         }
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(order) + b"\n")
@@ -101,6 +104,12 @@ def _launch_process(args: Any, on_starting: OnStarting | None, build: str) -> Zm
         cleanup()
         raise
     return ZmqClient(process, inbound, outbound, death_fd, ready, cleanup)
+
+
+def _configured_level() -> str | None:
+    """The level that ``configure_logging`` was called with in this process, None if it was not."""
+    logger = logging.getLogger(ROOT)
+    return logging.getLevelName(logger.level).lower() if logger.handlers else None
 
 
 def _await_ready(

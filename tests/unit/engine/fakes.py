@@ -166,6 +166,7 @@ class FakeArgs(msgspec.Struct):
     error: str | None = None
     depth: int = 1
     step_s: float = 0.0
+    disable_log_stats: bool | None = None
 
 
 def build(args: FakeArgs, emit: Callable[[int, CoreOutput], None]) -> tuple[EngineCore, EngineReady]:
