@@ -36,8 +36,12 @@ class Request:
     num_prompt_tokens: int
     max_total_tokens: int
     """Prompt and output together; the request ends when it is this long."""
+    min_total_tokens: int
+    """No stop before it is this long."""
     stop_ids: frozenset[int]
     """End-of-sequence and stop ids together."""
+    is_repetition_watched: bool
+    """Whether every token must be looked at for ``repetition_detection``."""
     tenant: str
     priority: int
     arrival_index: int

@@ -90,23 +90,37 @@ def last_output(
 
 def _append(books: Books, request: Request, new_token_ids: list[int], now_s: float) -> EngineCoreOutput:
     """Confirm a sampled token and end the request if it was the last."""
-    request.token_ids.append(new_token_ids[0])
-    if request.status is RequestStatus.WAITING:
+    token_id = new_token_ids[0]
+    token_ids = request.token_ids
+    token_ids.append(token_id)
+    if request.row < 0:
         books.num_waiting_tokens += 1
     timings = request.timings
     timings.last_token_s = now_s
     if timings.first_token_s == 0.0:
         timings.first_token_s = now_s
-        counters = books.counters
-        counters.prompt_tokens += request.num_prompt_tokens
-        counters.cached_prompt_tokens += request.num_cached_tokens
-        tokens = counters.tenant_tokens
-        tokens[request.tenant] = tokens.get(request.tenant, 0) + request.num_prompt_tokens
-    stop = _find_stop(request, new_token_ids[0])
-    if stop is None:
-        return EngineCoreOutput(request.request_id, new_token_ids, num_cached_tokens=request.num_cached_tokens)
-    books.finish(request, stop[0])
-    return last_output(request, new_token_ids, stop_reason=stop[1])
+        _count_prompt(books, request)
+    # Hot: most tokens end nothing, and a few comparisons must be enough to know that.
+    num_tokens = len(token_ids)
+    may_stop = num_tokens >= request.min_total_tokens and (
+        token_id in request.stop_ids or request.is_repetition_watched
+    )
+    if may_stop or num_tokens >= request.max_total_tokens:
+        stop = _find_stop(request, token_id)
+        if stop is not None:
+            books.finish(request, stop[0])
+            return last_output(request, new_token_ids, stop_reason=stop[1])
+    output = EngineCoreOutput(request.request_id, new_token_ids)
+    output.num_cached_tokens = request.num_cached_tokens
+    return output
+
+
+def _count_prompt(books: Books, request: Request) -> None:
+    counters = books.counters
+    counters.prompt_tokens += request.num_prompt_tokens
+    counters.cached_prompt_tokens += request.num_cached_tokens
+    tokens = counters.tenant_tokens
+    tokens[request.tenant] = tokens.get(request.tenant, 0) + request.num_prompt_tokens
 
 
 def _count_served(books: Books, served: dict[str, int]) -> None:
@@ -121,7 +135,7 @@ def _find_stop(request: Request, token_id: int) -> tuple[FinishReason, int | Non
     """Why the request ends with the token just appended, and the stop id if it was one; None if it goes on."""
     sampling = request.sampling
     num_tokens = len(request.token_ids)
-    if num_tokens - request.num_prompt_tokens >= sampling.min_tokens:
+    if num_tokens >= request.min_total_tokens:
         if token_id in request.stop_ids:
             # An id that is both ends the request as end-of-sequence.
             return FinishReason.STOP, None if token_id in sampling.eos_token_ids else token_id
