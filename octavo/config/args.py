@@ -167,6 +167,11 @@ class EngineArgs:
     tensor_parallel_size: int = setting(
         1, "count", COMPUTE, "Devices that share each layer. Only 1 by now.", low=1, high=1024, short=("-tp",)
     )
+    distributed_executor_backend: str = setting(
+        "inline", "text", COMPUTE,
+        "What carries steps to devices: inline (the engine's own process), or an import path module:callable.",
+        choices=("inline", "uni"), open_choices=True,
+    )  # fmt: skip
     disable_log_stats: bool | None = setting(
         None, "switch", COMPUTE,
         "Do not log throughput while working. Default: logged by the server, not by generate, chat and LLM.",

@@ -45,7 +45,6 @@ KNOWN_FLAGS: Mapping[str, KnownFlag] = {
         "1",
     ),
     **_table("node-rank data-parallel-rank", _ONE_DEVICE, "0"),
-    **_table("distributed-executor-backend", _ONE_DEVICE, "uni"),
     **_table("master-addr master-port data-parallel-address data-parallel-backend data-parallel-rpc-port", _ONE_DEVICE),
     **_table("enable-expert-parallel headless", _ONE_DEVICE, takes_value=False),
     **_table(

@@ -118,7 +118,9 @@ def resolve(
         device=device,
         cache=_cache(args, device.dtype, notes),
         scheduler=scheduler,
-        parallel=ParallelConfig(tensor_parallel_size=args.tensor_parallel_size),
+        parallel=ParallelConfig(
+            tensor_parallel_size=args.tensor_parallel_size, executor=args.distributed_executor_backend
+        ),
         frontend=_frontend(args, located, model, notes),
     )
     return config, notes
