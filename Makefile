@@ -2,8 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST_ARGS ?=
-PROMPT_1 ?= Who wrote Romeo and Juliet?
-PROMPT_2 ?= Explain in two sentences why the sky is blue.
 
 .DEFAULT_GOAL := help
 .PHONY: help demo chat test check format setup bench-cpu clean
@@ -13,7 +11,9 @@ help: ## list the targets
 
 demo: ## a real 135M-parameter chat model answers in this terminal
 	@$(PYTHON) scripts/setup_env.py demo
-	$(BIN)/octavo generate --prompt "$(PROMPT_1)" --prompt "$(PROMPT_2)"
+	$(BIN)/octavo generate --temperature 0 --max-tokens 160 --prompt "What is 2+2?" \
+	    --prompt "Name three primary colors." --prompt "Explain in two sentences why the sky is blue."
+	@echo "Now talk to it:  $(BIN)/octavo chat"
 
 chat: ## talk to the demo model
 	@$(PYTHON) scripts/setup_env.py demo
@@ -41,7 +41,7 @@ setup: ## only make .venv with everything in it
 
 bench-cpu: ## Octavo on the CPU workloads; benchmarks/cpu/README.md tells how to add peers
 	@$(PYTHON) scripts/setup_env.py dev
-	$(BIN)/python benchmarks/cpu/run.py --engines octavo
+	$(BIN)/python benchmarks/cpu/run.py --engines octavo --output build/bench-cpu
 
 clean: ## remove .venv and every cache
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache
