@@ -290,6 +290,12 @@ def _scheduler(args: EngineArgs, hardware: Hardware, max_model_len: int, notes: 
             "on",
             param="max_num_batched_tokens",
         )
+    if not args.enable_chunked_prefill and args.long_prefill_token_threshold:
+        raise ConfigError(
+            f"long_prefill_token_threshold ({args.long_prefill_token_threshold}) cuts prompts into chunks, but chunked "
+            "prefill is off: leave out one of the two",
+            param="long_prefill_token_threshold",
+        )
     return SchedulerConfig(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -411,8 +417,7 @@ def _kv_budget(args: EngineArgs, config: EngineConfig, report: MemoryNumbers, ne
         raise ConfigError(
             f"{flag} asks for {format_bytes(asked)} of KV cache, but only {format_bytes(available)} are free beside "
             f"{format_bytes(report.weights_bytes)} of weights and {format_bytes(report.activation_bytes)} of working "
-            "memory, below the ceiling of gpu_memory_utilization "
-            f"({config.cache.memory_utilization:g}): ask for less, or free memory",
+            "memory: ask for less, or free memory",
             param=flag,
         )
     return asked, f"asked for by {flag}", flag

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import octavo
 from octavo.config.args import EngineArgs
 from octavo.config.engine import Decision, EngineConfig
 from octavo.config.resolve import resolve, size_kv_cache
@@ -101,6 +105,11 @@ def test_one_limit_given_the_other_follows(located: Any) -> None:
     [
         ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, "max_num_batched_tokens", "less than max_num_seqs"),
         ({"max_num_batched_tokens": 512, "enable_chunked_prefill": False}, "max_num_batched_tokens", "chunked prefill"),
+        (
+            {"long_prefill_token_threshold": 9, "enable_chunked_prefill": False},
+            "long_prefill_token_threshold",
+            "is off",
+        ),
         ({"max_model_len": 4096}, "max_model_len", "at most 2048"),
         ({"tenant_weights": {"a": 2}}, "tenant_weights", "--scheduling-policy fair"),
         ({"tenant_weights": {"a": 0}, "scheduling_policy": "fair"}, "tenant_weights['a']", "> 0"),
@@ -149,6 +158,14 @@ def test_a_folder_without_weights_is_for_dummy_ones_only() -> None:
     assert settle(empty, load_format="dummy").load.load_format == "dummy"
     with pytest.raises(ConfigError, match="--load-format dummy"):
         settle(empty)
+
+
+def test_no_setting_is_accepted_and_ignored() -> None:
+    """Red when a field of EngineArgs is added that nothing reads."""
+    package = Path(inspect.getfile(octavo)).parent
+    read = set(re.findall(r"\bargs\.(\w+)", "".join(path.read_text() for path in package.rglob("*.py"))))
+    refused_elsewhere = {"trust_remote_code"}
+    assert {field.name for field in dataclasses.fields(EngineArgs)} - read == refused_elsewhere
 
 
 # ---------------------------------------------------------------------------------------------- sizing the KV cache
