@@ -7,7 +7,6 @@ scripts, ``AsyncLLM`` for asyncio, and docs/architecture.md for how it is built.
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
-    "__version__",
 ]
 
 _MODULES = {
@@ -45,7 +43,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return version("octavo")
+        # By name as well: the module takes longer to import than everything else here.
+        return importlib.import_module("importlib.metadata").version("octavo")
     module = _MODULES.get(name)
     if module is None:
         raise AttributeError(f"module 'octavo' has no attribute {name!r}")
@@ -53,4 +52,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]
