@@ -274,6 +274,13 @@ class InputProcessor:
             size *= 4
         ids = tokenizer.encode(text, add_special_tokens=special)
         self._check_length(len(ids), param)
+        if ids and max(ids) >= self._vocab_size:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise InvalidRequestError(
+                f"the text holds {token!r}, for which the tokenizer has the id {max(ids)} but the model no embedding: "
+                f"its vocabulary ends at {self._vocab_size - 1}",
+                param=param,
+            )
         return ids
 
     def _need_tokenizer(self, param: str, what: str) -> Tokenizer:

@@ -39,6 +39,14 @@ class ProcessedOutputs:
     """Core request ids that a stop string ended here and that the core still runs."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """When a batch arrived, by both clocks."""
+
+    time_s: float
+    monotonic_s: float
+
+
 class _LogprobColumns:
     """Log-probabilities that grow, as dicts or flat."""
 
@@ -128,6 +136,7 @@ class _Answer:
             self.finish_reason, self.stop_reason = reason, output.stop_reason
             self.error = output.error
         self.timings = output.timings
+        self.request.stats.num_generation_tokens += num_new
         self.is_new = self.is_new or num_new > 0 or self.finish_reason is not None
         return self.finish_reason is not None and reason is None
 
@@ -159,6 +168,7 @@ class _Request:
         self.params = params
         self.decode_token = tokenizer.token_text if tokenizer is not None and params.detokenize else None
         self.answers = [_Answer(self, index, _detokenizer(processed, params, tokenizer)) for index in range(params.n)]
+        self.num_unfinished = len(self.answers)
         self.stats = RequestStateStats(arrival_time=processed.arrival_time_s)
         self.num_cached_tokens: int | None = None
         self._prompt_logprobs: _LogprobColumns | None = None
@@ -167,42 +177,38 @@ class _Request:
             self._prompt_logprobs = _LogprobColumns(params.flat_logprobs, self.decode_token)
             self._prompt_logprobs.append_none()
 
-    @property
-    def is_finished(self) -> bool:
-        return all(answer.finish_reason is not None for answer in self.answers)
-
-    def note(self, answer: _Answer, output: EngineCoreOutput, now_s: float) -> None:
-        """Take in what belongs to the request as a whole."""
+    def note(self, answer: _Answer, output: EngineCoreOutput, now: _Now) -> None:
+        """Take in what belongs to the request as a whole; before ``answer.apply``."""
         if answer.index == 0:
             self.num_cached_tokens = max(self.num_cached_tokens or 0, output.num_cached_tokens)
             if output.prompt_logprobs is not None and self._prompt_logprobs is not None:
                 columns = output.prompt_logprobs
                 self._prompt_logprobs.extend(columns, len(columns.token_ids), 0)
-        stats = self.stats
         if output.new_token_ids:
-            stats.last_token_ts = time.monotonic()
+            stats = self.stats
+            stats.last_token_ts = now.monotonic_s
             if not stats.first_token_ts:
-                stats.first_token_ts = stats.last_token_ts
-                stats.first_token_latency = now_s - stats.arrival_time
+                stats.first_token_ts = now.monotonic_s
+                stats.first_token_latency = now.time_s - stats.arrival_time
 
     def output(self) -> RequestOutput | None:
         """What the caller gets after this batch; None when there is nothing to show."""
-        finished = self.is_finished
+        finished = self.num_unfinished == 0
         kind = self.params.output_kind
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
-        delta = kind is RequestOutputKind.DELTA
-        shown = [answer for answer in self.answers if answer.is_new] if delta else self.answers
-        if not any(answer.is_new for answer in shown):
+        fresh = [answer for answer in self.answers if answer.is_new]
+        if not fresh:
             return None
-        outputs = [answer.completion(delta=delta) for answer in shown]
-        self._count(finished)
+        if finished:
+            self._settle_stats()
+        delta = kind is RequestOutputKind.DELTA
         return RequestOutput(
             request_id=self.processed.request_id,
             prompt=self.processed.prompt,
             prompt_token_ids=self.processed.prompt_token_ids,
-            prompt_logprobs=self._show_prompt_logprobs(delta),
-            outputs=outputs,
+            prompt_logprobs=None if self._prompt_logprobs is None else self._show_prompt_logprobs(delta),
+            outputs=[answer.completion(delta=delta) for answer in (fresh if delta else self.answers)],
             finished=finished,
             metrics=self.stats,
             num_cached_tokens=self.num_cached_tokens,
@@ -218,11 +224,8 @@ class _Request:
         self._prompt_logprobs_shown = True
         return columns.since(0)
 
-    def _count(self, finished: bool) -> None:
+    def _settle_stats(self) -> None:
         stats = self.stats
-        stats.num_generation_tokens = sum(len(answer.detokenizer.token_ids) for answer in self.answers)
-        if not finished:
-            return
         timings = [answer.timings for answer in self.answers if answer.timings is not None]
         stats.is_corrupted = any(answer.finish_reason is FinishReason.ERROR for answer in self.answers)
         if timings:
@@ -313,7 +316,7 @@ class OutputProcessor:
 
     def process(self, outputs: Sequence[EngineCoreOutput]) -> ProcessedOutputs:
         """Take in what the core sent. Outputs for requests that are not known (any more) are dropped."""
-        now_s = time.time()
+        now = _Now(time.time(), time.monotonic())
         touched: dict[str, _Request] = {}
         abort_ids: list[str] = []
         for output in outputs:
@@ -321,11 +324,12 @@ class OutputProcessor:
             if answer is None:
                 continue
             request = answer.request
-            request.note(answer, output, now_s)
+            request.note(answer, output, now)
             if answer.apply(output):
                 abort_ids.append(output.request_id)
             if answer.finish_reason is not None:
                 del self._answers[output.request_id]
+                request.num_unfinished -= 1
             touched[request.processed.request_id] = request
         request_outputs: list[RequestOutput] = []
         for request_id, request in touched.items():

@@ -273,6 +273,17 @@ def test_a_conversation_becomes_a_prompt(inputs: InputProcessor, byte_level: Tok
         inputs.render_chat([{"role": "user", "content": "the " * 9000}], ChatOptions())
 
 
+def test_a_token_that_the_model_lacks_is_refused(
+    model_config: ModelConfig, frontend_config: FrontendConfig, byte_level: Tokenizer
+) -> None:
+    """Red when an added token reaches past the embedding table and takes the engine down with it."""
+    smaller = dataclasses.replace(model_config, vocab_size=byte_level.vocab_size)
+    inputs = InputProcessor(smaller, frontend_config, MAX_LEN, byte_level)
+    with pytest.raises(InvalidRequestError, match="<think>") as caught:
+        inputs.process("r", "a <think> b")
+    assert caught.value.param == "prompt"
+
+
 def test_without_a_tokenizer_prompts_are_ids(model_config: ModelConfig, frontend_config: FrontendConfig) -> None:
     inputs = InputProcessor(model_config, frontend_config, MAX_LEN, None)
     assert inputs.process("r", [1, 2]).prompt_token_ids == [1, 2]
