@@ -43,6 +43,9 @@ def gguf_to_hf_config(gguf: GGUFFile) -> tuple[dict[str, Any], dict[str, Any]]:
         raise header.error(
             f"general.architecture is {arch!r:.60}, but only {', '.join(sorted(ARCHITECTURES))} can be read"
         )
+    parts = gguf.metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        raise header.error(f"is one of {parts} parts (split.count); merge them with llama.cpp's gguf-split first")
     if header.get("expert_count"):
         raise header.error(f"{arch}.expert_count is {header.get('expert_count')}: mixtures of experts cannot be read")
     hidden = header.integer("embedding_length")

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from octavo.errors import ModelNotFoundError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -177,12 +180,14 @@ def _download(name: str, repo: str, patterns: tuple[str, ...], revision: str | N
 
     # What is raised for "no network" differs with the HTTP library that this version of the hub library uses.
     try:
-        return fetch(offline=False)
+        folder = fetch(offline=False)
     except Exception as exc:
         try:
-            return fetch(offline=True)
+            folder = fetch(offline=True)
         except Exception:
             raise ModelNotFoundError(_hub_failure(name, repo, revision, exc), param="model") from exc
+    logger.info("using %s of the hub at commit %s", repo, folder.name)
+    return folder
 
 
 def _from_snapshot(name: str, repo: str, choice: str, folder: Path) -> LocatedModel:
@@ -192,7 +197,7 @@ def _from_snapshot(name: str, repo: str, choice: str, folder: Path) -> LocatedMo
                 f"{repo} on the hub has no config.json; for a repository of GGUF files, name one: {repo}:Q4_K_M",
                 param="model",
             )
-        return replace(_from_disk(name, folder), name=name)
+        return _from_disk(name, folder)
     files = sorted(p for p in folder.rglob("*.gguf") if choice.lower() in p.name.lower())
     if len(files) != 1:
         found = ", ".join(p.name for p in files[:8]) or "none"
