@@ -16,8 +16,11 @@ BACKENDS = Registry(
     "attention backend",
     "attention_backend",
     "octavo.attention_backends",
-    {"TORCH_SDPA": "octavo.attention.torch_sdpa:TorchSdpaBackend"},
-    aliases={"CPU_ATTN": "TORCH_SDPA", "SDPA": "TORCH_SDPA", "TORCH": "TORCH_SDPA", "TORCH_NATIVE": "TORCH_SDPA"},
+    {
+        "CPU_PAGED": "octavo.attention.cpu_paged:CpuPagedBackend",
+        "TORCH_SDPA": "octavo.attention.torch_sdpa:TorchSdpaBackend",
+    },
+    aliases={"CPU_ATTN": "CPU_PAGED", "SDPA": "TORCH_SDPA", "TORCH": "TORCH_SDPA", "TORCH_NATIVE": "TORCH_SDPA"},
     absent={
         "FLASH_ATTN": _NO_GPU_BACKEND,
         "TRITON_ATTN": _NO_GPU_BACKEND,

@@ -8,7 +8,8 @@ Knows no request and no model. Papers: Kwon et al., SOSP 2023 (paging); Dao et a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -45,8 +46,8 @@ class TorchSdpaMetadata(AttentionMetadata):
     """The spans of a step, and where its tokens are written."""
 
     num_tokens: int
-    spans: list[Span] = field(default_factory=list[Span])
-    written: Tensor | None = None
+    spans: list[Span]
+    written: Tensor | None
     """Token positions whose slot is not -1; None when that is all of them."""
 
 
@@ -79,26 +80,37 @@ class TorchSdpaBackend:
         """See AttentionBackend."""
         starts: list[int] = query_start_loc[: step.num_reqs + 1].tolist()
         lens: list[int] = seq_lens[: step.num_reqs].tolist()
-        table = block_table[: step.num_reqs]
-        is_run = _runs(table, lens, self._spec.block_size)
         is_written = slot_mapping >= 0
         written = None if bool(is_written.all()) else is_written.nonzero().squeeze(1)
-        meta = TorchSdpaMetadata(slot_mapping, block_table, starts[-1], written=written)
-        if written is not None:
-            meta.slot_mapping = slot_mapping[written]
-        for index, seq_len in enumerate(lens):
+        slots = slot_mapping if written is None else slot_mapping[written]
+        spans = self.plan_spans(range(len(lens)), starts, lens, block_table)
+        return TorchSdpaMetadata(slots, block_table, starts[-1], spans, written)
+
+    def plan_spans(
+        self, requests: Sequence[int], starts: Sequence[int], lens: Sequence[int], block_table: Tensor
+    ) -> list[Span]:
+        """The spans of some requests of a step: ``starts [B + 1]`` are query offsets, ``lens [B]`` key counts."""
+        if not requests:
+            return []
+        is_run = _runs(block_table[: len(lens)], lens, self._spec.block_size)
+        spans: list[Span] = []
+        for index in requests:
             if starts[index + 1] > starts[index]:
-                meta.spans += self._spans(starts[index], starts[index + 1], seq_len, table[index], is_run[index])
-        return meta
+                spans += self._spans(starts[index], starts[index + 1], lens[index], block_table[index], is_run[index])
+        return spans
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
         """See AttentionBackend."""
         assert isinstance(meta, TorchSdpaMetadata)
-        slots = cache.flatten(0, 1)  # [N * P, 2, G, D]
-        _write(k, v, slots, meta)
+        _write(k, v, cache.flatten(0, 1), meta)
         if meta.num_tokens < len(out):
             out[meta.num_tokens :].zero_()
-        for span in meta.spans:
+        self.attend(q, k, v, cache, meta.spans, out)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, spans: Sequence[Span], out: Tensor) -> None:
+        """Attention of the spans' queries; the cache holds this step's keys already. Shapes as in ``forward``."""
+        slots = cache.flatten(0, 1)  # [N * P, 2, G, D]
+        for span in spans:
             query = q[span.query_start : span.query_end]
             if span.is_fresh:
                 keys, values = k[span.query_start : span.query_end], v[span.query_start : span.query_end]
@@ -191,11 +203,11 @@ def _mask(first: int, last: int, key_start: int, window: int | None, dtype: torc
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
-def _runs(table: Tensor, lens: list[int], block_size: int) -> list[bool]:
+def _runs(table: Tensor, lens: Sequence[int], block_size: int) -> list[bool]:
     """Whether the blocks of each request have consecutive ids."""
     if table.shape[1] < 2:
         return [True] * len(lens)
-    used = (torch.tensor(lens) + block_size - 1) // block_size
+    used = (torch.tensor(list(lens)) + block_size - 1) // block_size
     is_next = table[:, 1:] == table[:, :-1] + 1
     is_unused = torch.arange(1, table.shape[1]) >= used[:, None]
     return (is_next | is_unused).all(1).tolist()

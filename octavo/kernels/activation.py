@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.kernels.native import native_kernels
+
 
 def silu_and_mul_ref(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` for ``gate_up [T, 2F]``, gate first. Returns ``[T, F]``, contiguous."""
@@ -20,10 +22,13 @@ def gelu_tanh_and_mul_ref(gate_up: Tensor) -> Tensor:
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """As ``silu_and_mul_ref``; ``gate_up`` is overwritten."""
+    """As ``silu_and_mul_ref``, by the compiled kernel where it applies; ``gate_up`` may be overwritten."""
+    if gate_up.dtype is torch.float32 and gate_up.is_contiguous():
+        native = native_kernels()
+        if native is not None and gate_up.device.type == "cpu":
+            return native.silu_and_mul(gate_up)
     size = gate_up.shape[-1] // 2
-    gate = gate_up[:, :size]
-    return torch.mul(F.silu(gate, inplace=True), gate_up[:, size:])
+    return torch.mul(F.silu(gate_up[:, :size], inplace=True), gate_up[:, size:])
 
 
 def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from octavo.kernels.native import native_kernels
+
 
 def interleave_order(head_dim: int, rotary_dim: int) -> Tensor:
     """``[head_dim]`` int64: index of each stored dimension in the half-split layout of Hugging Face checkpoints.
@@ -31,13 +33,19 @@ def rotate_ref(x_THD: Tensor, rotation: Tensor) -> None:
     """
     rotary_dim = 2 * rotation.shape[-1]
     cos, sin = rotation.real[:, None, :], rotation.imag[:, None, :]
-    even, odd = x_THD[..., 0:rotary_dim:2].float(), x_THD[..., 1:rotary_dim:2].float()
+    even, odd = x_THD[..., 0:rotary_dim:2].to(torch.float32, copy=True), x_THD[..., 1:rotary_dim:2].float()
     x_THD[..., 0:rotary_dim:2] = (even * cos - odd * sin).to(x_THD.dtype)
     x_THD[..., 1:rotary_dim:2] = (odd * cos + even * sin).to(x_THD.dtype)
 
 
 def rotate(x_THD: Tensor, rotation: Tensor) -> None:
-    """As ``rotate_ref``, by one complex product in float32. The last dimension of ``x_THD`` must be contiguous."""
+    """As ``rotate_ref``, in one pass; the heads of a token must be contiguous. In float32 by the compiled kernel where
+    it applies, else as one complex product."""
+    if x_THD.dtype is torch.float32 and x_THD.device.type == "cpu":
+        native = native_kernels()
+        if native is not None:
+            native.rotate(x_THD, rotation)
+            return
     rotary_dim = 2 * rotation.shape[-1]
     if rotary_dim != x_THD.shape[-1]:
         x_THD = x_THD[..., :rotary_dim]

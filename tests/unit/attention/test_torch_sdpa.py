@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from octavo.attention.backend import AttentionSpec
+from octavo.attention.cpu_paged import CpuPagedBackend
 from octavo.attention.registry import BACKENDS, choose_backend
 from octavo.attention.torch_sdpa import TorchSdpaBackend
 from octavo.batch import StepShape
@@ -41,14 +42,26 @@ def dense(q, k, v, spec: AttentionSpec):
     return out
 
 
-def check_batch(spec: AttentionSpec, work: list[tuple[int, int]], *, scattered: bool, padding: int = 0, seed: int = 0):
+def check_batch(
+    spec: AttentionSpec,
+    work: list[tuple[int, int]],
+    *,
+    scattered: bool,
+    padding: int = 0,
+    seed: int = 0,
+):
     """Run one step where request i has ``work[i] = (tokens in cache, new tokens)``; compare every output."""
+    for backend_class in (TorchSdpaBackend, CpuPagedBackend):
+        if backend_class.unsupported(spec, "cpu") is None:
+            check_backend(backend_class(spec), spec, work, scattered=scattered, padding=padding, seed=seed)
+
+
+def check_backend(backend, spec, work, *, scattered, padding, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def random_tensor(*shape):
         return torch.randn(*shape, generator=generator)
 
-    backend = TorchSdpaBackend(spec)
     size = spec.block_size
     blocks_needed = [-(-(past + new) // size) for past, new in work]
     num_blocks = sum(blocks_needed) + 3
@@ -70,7 +83,7 @@ def check_batch(spec: AttentionSpec, work: list[tuple[int, int]], *, scattered: 
         past_k.append(k[:past]), past_v.append(v[:past]), past_slots.append(slot[:past])
         queries.append(random_tensor(new, spec.num_heads, spec.head_dim))
     # The history is written by the backend itself, as earlier steps would have.
-    write(backend, torch.cat(past_k), torch.cat(past_v), torch.cat(past_slots), cache)
+    write(backend, spec.num_heads, torch.cat(past_k), torch.cat(past_v), torch.cat(past_slots), cache)
     new_tokens = [new for _, new in work]
     seq_lens = [past + new for past, new in work]
     start_loc = torch.tensor([0, *new_tokens]).cumsum(0).int()
@@ -95,7 +108,7 @@ def check_batch(spec: AttentionSpec, work: list[tuple[int, int]], *, scattered: 
     torch.testing.assert_close(flat[untouched], before[untouched], equal_nan=True)
 
 
-def write(backend, k, v, slots, cache):
+def write(backend, num_heads, k, v, slots, cache):
     """One step that only stores: as many single-token requests as there are tokens."""
     count = len(slots)
     if not count:
@@ -104,7 +117,7 @@ def write(backend, k, v, slots, cache):
     tables = (slots // backend.kv_shape(1)[1]).int()[:, None]
     step = StepShape(count, count, 1, 1, ones, ones)
     meta = backend.plan(step, torch.arange(count + 1).int(), torch.ones(count).int(), tables, slots)
-    q = torch.zeros(count, SPEC.num_heads, k.shape[-1])
+    q = torch.zeros(count, num_heads, k.shape[-1])
     backend.forward(q, k, v, cache, meta, torch.empty_like(q))
 
 
@@ -151,10 +164,14 @@ def test_a_rounded_cache_is_read_back():
 
 
 def test_choice_by_name_alias_and_import_path():
-    for name in ("auto", "TORCH_SDPA", "cpu_attn", "octavo.attention.torch_sdpa:TorchSdpaBackend"):
+    for name in ("TORCH_SDPA", "torch_native", "octavo.attention.torch_sdpa:TorchSdpaBackend"):
         backend, reason = choose_backend(name, SPEC, "cpu")
         assert backend is TorchSdpaBackend
         assert reason
+    for name in ("auto", "CPU_ATTN"):
+        assert choose_backend(name, SPEC, "cpu")[0] is CpuPagedBackend
+    softcapped = replace(SPEC, logit_softcap=30.0)
+    assert choose_backend("auto", softcapped, "cpu")[0] is TorchSdpaBackend
 
 
 def test_errors_list_every_candidate_with_its_reason():

@@ -1,0 +1,89 @@
+"""Attention on the CPU by a compiled kernel over the paged cache: one call per layer for all decoding requests.
+
+A decode step of 32 requests would be 32 operator calls per layer, or a gather of every history; the kernel walks block
+tables itself and copies nothing. Its tasks are fixed spans of keys, so a request's result does not depend on its
+neighbours. Prompts go through ``torch_sdpa``, whose fused operator is made for many queries.
+Paper: Kwon et al., SOSP 2023 (paging); Dao et al., "Flash-Decoding", 2023 (spans merged by their maxima).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from octavo.attention.backend import AttentionSpec
+from octavo.attention.torch_sdpa import Span, TorchSdpaBackend
+from octavo.batch import AttentionMetadata, StepShape
+from octavo.kernels.native import DecodePlan, NativeKernels, native_kernels, native_status
+
+
+@dataclass(slots=True)
+class CpuPagedMetadata(AttentionMetadata):
+    """Single queries for the kernel, longer ones as spans."""
+
+    num_tokens: int
+    decodes: DecodePlan | None
+    spans: list[Span]
+
+
+class CpuPagedBackend:
+    """See the module. Cache as in ``torch_sdpa``: ``[N, P, 2, G, D]``."""
+
+    name: ClassVar[str] = "CPU_PAGED"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._spec = spec
+        self._torch = TorchSdpaBackend(spec)
+        native = native_kernels()
+        assert native is not None, "unsupported() says when this backend cannot be used"
+        self._native: NativeKernels = native
+
+    @classmethod
+    def unsupported(cls, spec: AttentionSpec, device_type: str) -> str | None:
+        """See AttentionBackend."""
+        reason = TorchSdpaBackend.unsupported(spec, device_type)
+        if reason is not None:
+            return reason
+        if spec.dtype is not torch.float32 or spec.kv_dtype is not torch.float32:
+            return f"it computes in float32, not in {spec.dtype} with a {spec.kv_dtype} cache"
+        if spec.logit_softcap is not None:
+            return "it has no logit softcap"
+        return native_status() if native_kernels() is None else None
+
+    def kv_shape(self, num_blocks: int) -> tuple[int, ...]:
+        """``[N, P, 2, G, D]``."""
+        return self._torch.kv_shape(num_blocks)
+
+    def plan(
+        self, step: StepShape, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, slot_mapping: Tensor
+    ) -> CpuPagedMetadata:
+        """See AttentionBackend."""
+        starts: list[int] = query_start_loc[: step.num_reqs + 1].tolist()
+        lens: list[int] = seq_lens[: step.num_reqs].tolist()
+        single = [index for index in range(len(lens)) if starts[index + 1] - starts[index] == 1]
+        others = [index for index in range(len(lens)) if starts[index + 1] - starts[index] > 1]
+        decodes = None
+        if single:
+            window = self._spec.sliding_window
+            decodes = DecodePlan(
+                block_table[: len(lens)] if not others else block_table[single],
+                [starts[index] for index in single],
+                [0 if window is None else max(0, lens[index] - window) for index in single],
+                [lens[index] for index in single],
+            )
+        spans = self._torch.plan_spans(others, starts, lens, block_table)
+        return CpuPagedMetadata(slot_mapping, block_table, starts[-1], decodes, spans)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+        """See AttentionBackend."""
+        assert isinstance(meta, CpuPagedMetadata)
+        self._native.write_kv(k, v, cache, meta.slot_mapping)
+        if meta.num_tokens < len(out):
+            out[meta.num_tokens :].zero_()
+        if meta.decodes is not None:
+            self._native.decode_attention(q, cache, meta.decodes, self._spec.scale, out)
+        if meta.spans:
+            self._torch.attend(q, k, v, cache, meta.spans, out)

@@ -1,0 +1,103 @@
+"""Attention on a GPU by our own Triton kernels: split decode from a device work list, tiled prefill.
+
+Requests with one query go to the decode kernel, the others to the prefill kernel, in one step if need be. Everything
+that decode needs is computed on the device from lengths and tables, so a captured decode step stays right whatever the
+lengths are. Knows no request and no model. See ``kernels/attention``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from octavo.attention.backend import AttentionSpec
+from octavo.batch import AttentionMetadata, StepShape
+from octavo.kernels.attention.decode import WorkList, decode_attention, decode_tile, make_work_list
+from octavo.kernels.attention.kv_write import kv_write
+from octavo.kernels.attention.prefill import PrefillShape, prefill_attention, upload_tiles
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_INTERPRETER_SMS = 4
+"""Multiprocessors that the interpreter pretends to have: enough to split histories in tests."""
+
+
+@dataclass(slots=True)
+class TritonMetadata(AttentionMetadata):
+    """What all layers of a step share."""
+
+    query_start_loc: Tensor
+    work: WorkList | None
+    """Of the requests with one query; None when there are none."""
+    tiles: Tensor | None
+    """Of the other requests; None when there are none."""
+
+
+class TritonBackend:
+    """See the module."""
+
+    name: ClassVar[str] = "TRITON_ATTN"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._spec = spec
+        self._prefill = PrefillShape(
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.kv_dtype.itemsize
+        )
+
+    @classmethod
+    def unsupported(cls, spec: AttentionSpec, device_type: str) -> str | None:
+        """See AttentionBackend."""
+        is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device_type != "cuda" and not is_interpreted:
+            return f"its kernels run on NVIDIA GPUs, not on {device_type}"
+        if spec.dtype not in _DTYPES or spec.kv_dtype not in _DTYPES:
+            return f"dtype {spec.dtype} with a {spec.kv_dtype} cache is not one of bfloat16, float16, float32"
+        if not 16 <= spec.head_dim <= 256:
+            return f"head size {spec.head_dim} is not between 16 and 256"
+        if spec.num_heads % spec.num_kv_heads:
+            return f"{spec.num_heads} query heads are not a multiple of {spec.num_kv_heads} KV heads"
+        return None
+
+    def kv_shape(self, num_blocks: int) -> tuple[int, ...]:
+        """``[N, 2, G, P, D]``."""
+        return (num_blocks, 2, self._spec.num_kv_heads, self._spec.block_size, self._spec.head_dim)
+
+    def plan(
+        self, step: StepShape, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, slot_mapping: Tensor
+    ) -> TritonMetadata:
+        """See AttentionBackend. Allocates and launches only: capturable for steps of decodes."""
+        spec, device = self._spec, slot_mapping.device
+        work = tiles = None
+        if 1 in step.query_lens:
+            tile = decode_tile(spec.block_size, step.num_reqs, spec.head_dim)
+            work = make_work_list(
+                query_start_loc, seq_lens, spec.num_kv_heads, _count_sms(device), tile, spec.sliding_window
+            )
+        if step.max_query_len > 1:
+            tiles = upload_tiles(self._prefill.cut(step.query_lens, step.seq_lens), device)
+        return TritonMetadata(slot_mapping, block_table, query_start_loc, work, tiles)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+        """See AttentionBackend."""
+        assert isinstance(meta, TritonMetadata)
+        spec = self._spec
+        kv_write(k, v, cache, meta.slot_mapping)
+        if meta.work is not None:
+            decode_attention(
+                q, cache, meta.block_table, meta.query_start_loc, meta.work, out,
+                scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap,
+            )  # fmt: skip
+        if meta.tiles is not None:
+            prefill_attention(
+                q, cache, meta.block_table, meta.tiles, self._prefill, out,
+                scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap,
+            )  # fmt: skip
+
+
+def _count_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETER_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count

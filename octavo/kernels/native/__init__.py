@@ -1,0 +1,163 @@
+"""Compiled CPU kernels behind tensors: what each function of ``octavo_cpu.c`` computes, its shapes and its reference.
+
+All work on float32 CPU tensors whose last dimension is contiguous; the caller checks nothing else. ``native_kernels()``
+is None on a machine without a C compiler: callers then use the references, which are plain torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.kernels.native.build import load_library
+
+SPAN_KEYS = 256
+"""Keys of one attention task: ``SPAN`` in octavo_cpu.c."""
+_PANEL_ROWS = 4
+
+_P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_SIGNATURES = {
+    "octavo_linear_int8": (_P, _L, _P, _P, _P, _P, _L, _L, _L, _P),
+    "octavo_rms_norm": (_P, _P, _F, _P, _L, _L),
+    "octavo_silu_and_mul": (_P, _P, _L, _L),
+    "octavo_rotate": (_P, _L, _P, _L, _L, _L, _L),
+    "octavo_decode_attention": (
+        _P, _L, _P, _L, _P, _P, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _P,
+    ),
+    "octavo_write_kv": (_P, _L, _P, _L, _P, _P, _L, _L),
+}  # fmt: skip
+
+
+class NativeKernels:
+    """The functions of the library, over tensors."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        for name, types in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, None
+        self.lanes: int = library.octavo_lanes()
+        """Columns that lie together in a panel of int8 weights."""
+        self._linear_int8 = library.octavo_linear_int8
+        self._rms_norm = library.octavo_rms_norm
+        self._silu_and_mul = library.octavo_silu_and_mul
+        self._rotate = library.octavo_rotate
+        self._decode_attention = library.octavo_decode_attention
+        self._write_kv = library.octavo_write_kv
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def pack_int8(self, weight: Tensor) -> Tensor:
+        """``[N, K]`` int8 to the panels that ``linear_int8`` reads: ``[ceil(N / 4), Kp / lanes, 4, lanes]``, zero padded."""
+        rows, size = weight.shape
+        padded = F.pad(weight, (0, -size % self.lanes, 0, -rows % _PANEL_ROWS))
+        return padded.view(-1, _PANEL_ROWS, padded.shape[1] // self.lanes, self.lanes).transpose(1, 2).contiguous()
+
+    def linear_int8(self, x: Tensor, panels: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """``x [T, K]`` times ``(weight int8 [N, K] * scale [N])^T + bias``: ``[T, N]``; ``panels`` is the packed weight.
+
+        Inputs are rounded to 16-bit integers with one scale per row (fewer bits when K is above 516, so that sums stay
+        exact in 32 bits): the weights' rounding is all that is lost. Reference: ``quantization.int8.linear_int8_ref``.
+        """
+        rows, size = x.shape
+        outputs = len(scale)
+        out = torch.empty((rows, outputs), dtype=torch.float32)
+        scratch = self._borrow(rows * (2 * (size + self.lanes) + 4))
+        self._linear_int8(
+            x.data_ptr(), x.stride(0), panels.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr(),
+            out.data_ptr(), rows, size, outputs, scratch,
+        )  # fmt: skip
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As ``kernels.norm.rms_norm_ref`` for contiguous ``[T, K]``."""
+        out = torch.empty_like(x)
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), x.shape[0], x.shape[1])
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """As ``kernels.activation.silu_and_mul_ref`` for contiguous ``[T, 2F]``."""
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty((rows, size), dtype=torch.float32)
+        self._silu_and_mul(gate_up.data_ptr(), out.data_ptr(), rows, size)
+        return out
+
+    def rotate(self, x_THD: Tensor, rotation: Tensor) -> None:
+        """As ``kernels.rope.rotate_ref``; the heads of a token must be contiguous."""
+        tokens, heads, size = x_THD.shape
+        self._rotate(x_THD.data_ptr(), x_THD.stride(0), rotation.data_ptr(), tokens, heads, size, 2 * rotation.shape[1])
+
+    def write_kv(self, k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+        """Copy ``k``, ``v`` ``[T, G, D]`` into ``cache [N, P, 2, G, D]`` at ``slot_mapping [T]`` int64; -1 is skipped."""
+        self._write_kv(
+            k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), cache.data_ptr(), slot_mapping.data_ptr(),
+            k.shape[0], k.shape[1] * k.shape[2],
+        )  # fmt: skip
+
+    def decode_attention(self, q: Tensor, cache: Tensor, plan: DecodePlan, scale: float, out: Tensor) -> None:
+        """Each planned query ``q[i] [H, D]`` attends over its paged keys; writes ``out[i]``.
+
+        Args:
+            q: ``[T, H, D]``.
+            cache: ``[N, P, 2, G, D]``.
+            plan: Which rows of ``q``, over which keys.
+            scale: Multiplies the products.
+            out: ``[T, H, D]``; only planned rows are written.
+        """
+        heads, size = q.shape[1], q.shape[2]
+        scratch = self._borrow(plan.num_tasks * heads * (size + 2) * 4)
+        self._decode_attention(
+            q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), cache.data_ptr(), *plan.pointers, len(plan.lens),
+            plan.num_tasks, heads, cache.shape[3], size, cache.shape[1], scale, scratch,
+        )  # fmt: skip
+
+    def _borrow(self, num_bytes: int) -> int:
+        """Address of working memory until the next call; calls of one engine never overlap."""
+        if self._scratch.numel() < num_bytes:
+            self._scratch = torch.empty(num_bytes * 5 // 4 + 64, dtype=torch.uint8)
+        return self._scratch.data_ptr()
+
+
+class DecodePlan:
+    """Work list of ``decode_attention``: made once per step, read by every layer."""
+
+    def __init__(self, block_table: Tensor, query_index: list[int], starts: list[int], lens: list[int]) -> None:
+        """Split each request's keys ``[start, len)`` into tasks.
+
+        Args:
+            block_table: ``[B, max_blocks]`` int32, rows contiguous.
+            query_index: [B] row of ``q`` of each request.
+            starts: [B] first visible position.
+            lens: [B] one past the last.
+        """
+        tasks: list[int] = []
+        firsts = [0]
+        for request, (start, end) in enumerate(zip(starts, lens, strict=True)):
+            for span in range(-(-(end - start) // SPAN_KEYS)):
+                tasks += (request, span)
+            firsts.append(len(tasks) // 2)
+        self.num_tasks = len(tasks) // 2
+        self.lens = lens
+        lists = (query_index, starts, lens, tasks, firsts)
+        packed = torch.tensor([value for values in lists for value in values], dtype=torch.int32)
+        address = packed.data_ptr()
+        addresses: list[int] = []
+        for values in lists:
+            addresses.append(address)
+            address += 4 * len(values)
+        self._alive = (packed, block_table)
+        self.pointers = (block_table.data_ptr(), block_table.stride(0), *addresses)
+
+
+@functools.cache
+def native_kernels() -> NativeKernels | None:
+    """The compiled kernels, or None where they cannot be had."""
+    library, _ = load_library()
+    return None if library is None else NativeKernels(library)
+
+
+def native_status() -> str:
+    """Where the compiled library is, or why there is none."""
+    return load_library()[1]

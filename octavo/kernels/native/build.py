@@ -1,0 +1,89 @@
+"""Compile ``octavo_cpu.c`` once for this machine, and keep the result.
+
+Compiling here rather than shipping binaries lets the compiler use every instruction of this very processor, and takes
+about three seconds once. Without a C compiler the engine works all the same, by torch's operators alone, slower.
+Knows nothing of what the functions do; see ``__init__.py`` for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("octavo_cpu.c")
+_FLAGS = (
+    "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math",
+    "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math",
+)  # fmt: skip
+_TIMEOUT_S = 120
+
+
+@functools.cache
+def load_library() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled library, or None; and where it is or why there is none, in words.
+
+    torch must be imported before, so that both use one OpenMP runtime and one set of threads.
+    """
+    if os.environ.get("OCTAVO_NATIVE_KERNELS", "1") == "0":
+        return None, "OCTAVO_NATIVE_KERNELS=0 turns compiled kernels off"
+    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    if compiler is None:
+        return None, "there is no C compiler (cc, gcc or clang) on the PATH"
+    key = hashlib.sha256("\0".join((_SOURCE.read_text(), *_FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
+    library = _cache_folder() / f"octavo_cpu-{key}.so"
+    try:
+        if not library.exists():
+            _compile(compiler, library)
+        return ctypes.CDLL(str(library)), str(library)
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        return None, f"compiling the CPU kernels with {compiler} failed: {detail.strip()[:500]}"
+
+
+def _compile(compiler: str, library: Path) -> None:
+    logger.info("compiling the CPU kernels for this machine, once, into %s", library.parent)
+    library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Under another name first: a process that starts meanwhile must not see half a file.
+    handle, name = tempfile.mkstemp(dir=library.parent, suffix=".so")
+    os.close(handle)
+    try:
+        subprocess.run(
+            [compiler, *_FLAGS, "-o", name, str(_SOURCE), "-lm"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+        )
+        os.replace(name, library)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a home directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(base) / "octavo" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return Path(tempfile.gettempdir()) / f"octavo-kernels-{os.getuid()}"
+    writable = os.access(folder, os.W_OK)
+    return folder if writable else Path(tempfile.gettempdir()) / f"octavo-kernels-{os.getuid()}"
