@@ -13,6 +13,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, cast
 
@@ -257,8 +258,9 @@ class LLM:
             except EngineDeadError:
                 raise
             except BaseException:  # Ctrl-C, or a refusal: end the rest of this call, keep the engine
-                self._frontend.abort([request.request_id for request in requests])
-                self._frontend.client.call("ping")  # the aborts are read before this is answered
+                with suppress(EngineDeadError):  # a second Ctrl-C ends the engine; the interrupt is what counts
+                    self._frontend.abort([request.request_id for request in requests])
+                    self._frontend.client.call("ping")  # the aborts are read before this is answered
                 raise
         return [finished[request.request_id] for request in requests]
 

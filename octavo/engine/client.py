@@ -11,6 +11,7 @@ import os
 import subprocess
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -43,6 +44,8 @@ CLOSE_TIMEOUT_S = 5.0
 """How long a closing client waits for the engine process before it kills it."""
 POLL_SLICE_S = 0.25
 """Longest uninterrupted wait: bounds how late a death without a word is seen."""
+LAST_WORDS_MS = 250
+"""How long the socket of a process that has ended must be silent before nothing more is expected."""
 _RESULT_TYPES: dict[str, Any] = {"snapshot": EngineSnapshot}
 """Calls whose value is a struct; over a socket it arrives as a plain list."""
 
@@ -270,8 +273,9 @@ class ZmqClient(_PumpedClient):
         self._outbound = outbound
         self._death_fd = death_fd
         self._ready = ready
-        self._cleanup = cleanup
         self._is_closed = False
+        # Also runs when the client is forgotten, and at the end of the program.
+        self._release = weakref.finalize(self, _release, process, [inbound, outbound], death_fd, cleanup)
         self._send_lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder()
         self._reader: Reader[CoreOutput] = Reader(CoreOutput, "an engine")
@@ -301,17 +305,22 @@ class ZmqClient(_PumpedClient):
 
     def _pump(self, timeout_s: float) -> None:
         events = dict(self._poller.poll(math.ceil(timeout_s * 1000)))
+        self._read_all()
+        if self._death_fd in events:
+            # Its last words may still be on their way through ZeroMQ's thread.
+            while self._outbound.poll(LAST_WORDS_MS):
+                self._read_all()
+            self._die(describe_exit(self._process))
+
+    def _read_all(self) -> None:
         while True:
             try:
                 data = self._outbound.recv(zmq.NOBLOCK)
             except zmq.Again:
-                break
+                return
             message = self._reader.read(data)
             if message is not None:
                 self._take(message)
-        if self._death_fd in events:
-            # All that it sent before has been read above or is lost with it.
-            self._die(describe_exit(self._process))
 
     def close(self) -> None:
         with self._send_lock:
@@ -321,10 +330,17 @@ class ZmqClient(_PumpedClient):
         self._die("the engine was closed")
         end_process(self._process)  # also wakes a thread that waits in recv
         with self._pump_lock:
-            self._inbound.close(linger=0)
-            self._outbound.close(linger=0)
-            os.close(self._death_fd)
-            self._cleanup()
+            self._release()
+
+
+def _release(
+    process: subprocess.Popen[bytes], sockets: list[zmq.Socket[bytes]], death_fd: int, cleanup: Callable[[], None]
+) -> None:
+    end_process(process)
+    for socket in sockets:
+        socket.close(linger=0)
+    os.close(death_fd)
+    cleanup()
 
 
 def make_error(class_name: str, message: str) -> OctavoError:

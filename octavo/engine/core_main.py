@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -44,6 +45,8 @@ class LaunchOrder(msgspec.Struct):
     """ipc address that the core binds."""
     outbound: list[str]
     """One ipc address per frontend, bound there."""
+    runtime_dir: str
+    """Holds the sockets; removed at the end, here too in case the parent was killed."""
     death_fd: int
     """Write end of a pipe; held open, never written."""
     log_level: str | None
@@ -161,6 +164,7 @@ def main() -> int:
         for core in running:
             core.stop()
         if not running:
+            shutil.rmtree(order.runtime_dir, ignore_errors=True)
             os._exit(1)  # still loading: there is nothing to finish and no loop that would see the flag
 
     signal.signal(signal.SIGTERM, stop)
@@ -172,6 +176,7 @@ def main() -> int:
     status = run_engine(order, context, outbox, running, is_stopping)
     outbox.close()
     context.term()
+    shutil.rmtree(order.runtime_dir, ignore_errors=True)
     return status
 
 

@@ -21,6 +21,7 @@ import zmq
 
 from octavo.config.args import EngineArgs
 from octavo.engine.client import (
+    LAST_WORDS_MS,
     EngineClient,
     InProcessClient,
     ZmqClient,
@@ -89,6 +90,7 @@ def _launch_process(args: Any, on_starting: OnStarting | None, build: str) -> Zm
             "args": args,
             "inbound": inbound_address,
             "outbound": [outbound_address],
+            "runtime_dir": runtime_dir,
             "death_fd": held_fd,
             "log_level": _configured_level(),
         }
@@ -121,7 +123,7 @@ def _await_ready(
     poller.register(death_fd, zmq.POLLIN)
     while True:
         events = dict(poller.poll())
-        if outbound in events:
+        if outbound in events or outbound.poll(LAST_WORDS_MS if death_fd in events else 0):
             message = reader.read(outbound.recv())
             if isinstance(message, EngineReady):
                 return message

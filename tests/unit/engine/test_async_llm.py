@@ -200,3 +200,20 @@ def test_a_loop_that_was_closed_leaves_nothing_running() -> None:
 
     asyncio.run(look())
     engine.shutdown()
+
+
+def test_throughput_is_logged_while_working_and_only_where_asked(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OCTAVO_LOG_STATS_INTERVAL", "0.3")
+    caplog.set_level("INFO", "octavo")
+
+    async def work(is_disabled: bool | None) -> None:
+        args: Any = FakeArgs(step_s=0.002, disable_log_stats=is_disabled)
+        async with AsyncLLM(start_frontend(args, True, build="tests.unit.engine.fakes:build")) as engine:
+            await collect(engine, [1], max_tokens=400)
+
+    asyncio.run(work(None))
+    assert "throughput" not in caplog.text
+    asyncio.run(work(False))
+    assert "Engine 000: Avg prompt throughput: 0.0 tokens/s" in caplog.text

@@ -6,9 +6,12 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -171,16 +174,14 @@ def test_a_closed_client_refuses_and_closes_twice(client: EngineClient) -> None:
 
 
 @pytest.mark.parametrize("cause", ["killed", "exits"])
-def test_a_death_without_a_word_is_seen_within_a_second(zmq_client: ZmqClient, cause: str) -> None:
+def test_a_death_without_a_word_is_noticed_by_who_waits(zmq_client: ZmqClient, cause: str) -> None:
     if cause == "killed":
         zmq_client.process.kill()
     else:
         zmq_client.submit([make_request("a", first=EXIT)])
-    begin_s = time.monotonic()
     with pytest.raises(EngineDeadError, match="signal 9" if cause == "killed" else "status 7"):
         while True:
-            zmq_client.recv(0.05)
-    assert time.monotonic() - begin_s < 1.0
+            zmq_client.recv(None)
 
 
 def test_random_bytes_are_dropped_and_counted(zmq_client: ZmqClient) -> None:
@@ -251,3 +252,33 @@ def test_close_leaves_no_process_and_no_files() -> None:
     client.close()
     assert not runtime_dir.exists()
     assert client.process.returncode == 0
+
+
+PARENT = """
+import os, sys
+from octavo.engine.launch import launch_engine
+from tests.unit.engine.fakes import FakeArgs
+client = launch_engine(FakeArgs(), False, build="tests.unit.engine.fakes:build")
+print(client.process.pid, client._inbound.LAST_ENDPOINT.decode()[6:], flush=True)
+if sys.argv[1] == "killed":
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "ends without close"])
+def test_nothing_is_left_of_an_engine_whose_parent_is_gone(end: str) -> None:
+    # Red when a crashed or careless program leaves an engine behind, with gigabytes of memory.
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, end], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    assert parent.stdin is not None and parent.stdout is not None
+    pid, address = parent.stdout.readline().split()
+    if end == "killed":
+        assert psutil.pid_exists(int(pid))
+        parent.kill()
+    parent.wait()
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(pid)).wait(10)
+    assert not Path(address).parent.exists()
+    parent.stdin.close()
+    parent.stdout.close()
