@@ -1,0 +1,69 @@
+"""What decode and prefill share: loading a tile of keys and values of one sequence from its pages."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+MASKED = tl.constexpr(-1.0e30)
+"""A score that weighs nothing; finite, so that a row without any key does not become NaN."""
+
+
+@triton.jit
+def load_tile(
+    cache, descriptor, table, start, end, kv_head,
+    stride_block, stride_kv, stride_head,
+    G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Keys and values ``[TILE, D_PAD]`` of the tokens ``start .. start + TILE`` of one sequence.
+
+    Rows at and after ``end`` hold finite rubbish: the caller masks their scores. With TMA or ``PAGE >= TILE`` the tile
+    must lie in one page, so ``start`` is a multiple of TILE.
+    """
+    offs_d = tl.arange(0, D_PAD)
+    if TMA:
+        page = tl.load(table + start // PAGE)
+        row = (page * 2 * G + kv_head) * PAGE + start % PAGE
+        k = descriptor.load([row, 0])
+        v = descriptor.load([row + G * PAGE, 0])
+    else:
+        tokens = start + tl.arange(0, TILE)
+        if PAGE >= TILE:
+            page = tl.load(table + start // PAGE).to(tl.int64)
+            rows = page * stride_block + (tokens % PAGE) * D
+            # A slot that was never written may hold anything: read only what is there.
+            mask = (tokens < end)[:, None]
+        else:
+            pages = tl.load(table + tokens // PAGE, mask=tokens < end, other=0).to(tl.int64)
+            rows = pages * stride_block + (tokens % PAGE) * D
+            mask = (tokens < end)[:, None]
+        if D_PAD > D:
+            mask = mask & (offs_d < D)[None, :]
+        at = cache + rows[:, None] + kv_head * stride_head + offs_d[None, :]
+        k = tl.load(at, mask=mask, other=0.0)
+        v = tl.load(at + stride_kv, mask=mask, other=0.0)
+    return k, v
+
+
+@triton.jit
+def soft_cap(scores, cap):
+    """``cap * tanh(scores / cap)`` without overflow."""
+    x = tl.minimum(tl.maximum(scores / cap, -15.0), 15.0)
+    e = tl.exp2(2.0 * LOG2E * x)
+    return cap * (e - 1.0) / (e + 1.0)
+
+
+def make_descriptor(cache_NKGPD: Tensor, tile: int) -> TensorDescriptor:
+    """A two-dimensional TMA view ``[N * 2 * G * P, D]`` of a layer's cache in boxes of ``[tile, D]``."""
+    flat = cache_NKGPD.view(-1, cache_NKGPD.shape[-1])
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [tile, flat.shape[-1]])
+
+
+def can_use_tma(page: int, tile: int, head_dim: int, element_size: int) -> bool:
+    """Whether a tile is one box of a page: Hopper wants rows of whole 16 bytes and power-of-two boxes of at most 256
+    rows."""
+    return page % tile == 0 and tile <= 256 and head_dim & (head_dim - 1) == 0 and head_dim <= 256 and element_size == 2
