@@ -66,7 +66,7 @@ def _work_list(
     tl.store(num_parts + index, parts, mask=is_real)
     tl.store(first_slot + index, slot, mask=is_real)
     tl.store(num_items, tl.sum(parts, 0))
-    for p in range(0, tl.max(parts, 0)):
+    for p in range(tl.max(parts, 0)):
         mask = p < parts
         at = items + (item + p) * FIELDS
         low = first_key + p * part_len
