@@ -22,7 +22,8 @@ class ProcessorContext:
     token_ids: Tensor
     """``[max_num_seqs, max_model_len]`` int32 on the device: prompt and output of each row. Read only."""
     num_tokens: Tensor
-    """``[max_num_seqs]`` int64 on the device: known tokens of each row. Exact while ``apply`` runs. Read only."""
+    """``[max_num_seqs]`` int64 on the device: known tokens of each row that draws in this step, while ``apply`` runs.
+    Written by the sampler, only where there are processors."""
 
 
 class LogitsProcessor(Protocol):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.kernels.sampling.draw import mix_seed
+from octavo.kernels.sampling.filters import FilterColumns
 from octavo.messages import ResolvedSampling
 
 IntArray = NDArray[np.int64]
@@ -37,10 +38,9 @@ class Filters:
 
     index: Tensor | None
     """[F] which of the random rows; None = all of them."""
-    log_min_p: Tensor | None
-    top_k: Tensor | None
-    max_top_k: int
-    top_p: Tensor | None
+    others: Tensor | None
+    """The random rows without a filter; None = there are none."""
+    columns: FilterColumns
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +200,17 @@ class RowParameters:
         with np.errstate(divide="ignore"):
             log_min_p = np.log(min_p)
         max_top_k = int(top_k.max())
-        return Filters(
-            index=None if len(index) == len(rows) else self._upload(index),
+        is_all = len(index) == len(rows)
+        columns = FilterColumns(
             log_min_p=self._upload(log_min_p) if min_p.any() else None,
             top_k=self._upload(top_k) if max_top_k else None,
             max_top_k=max_top_k,
             top_p=self._upload(top_p) if (top_p < 1).any() else None,
+        )
+        return Filters(
+            index=None if is_all else self._upload(index),
+            others=None if is_all else self._upload(np.setdiff1d(np.arange(len(rows)), index)),
+            columns=columns,
         )
 
     def _penalties(self, rows: IntArray) -> Penalties | None:

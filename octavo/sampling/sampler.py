@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.kernels.sampling.candidates import most_likely_ref
 from octavo.kernels.sampling.draw import draw_ref, uniform_ref
-from octavo.kernels.sampling.filters import kept_threshold_ref
+from octavo.kernels.sampling.filters import FilterColumns, draw_narrow_ref, kept_threshold_ref
 from octavo.kernels.sampling.logprobs import token_values_ref
 from octavo.kernels.sampling.masks import apply_bitmask_ref
 from octavo.kernels.sampling.penalties import apply_penalties_ref
@@ -110,12 +111,12 @@ class Sampler:
         batch = self._batch(rows)
         logits = logits.float()
         raw = self._keep_raw(logits, batch)
-        errors = (
-            {i: self._failed_rows[row] for i, row in enumerate(rows.tolist()) if row in self._failed_rows}
-            if (self._failed_rows)
-            else {}
-        )
+        errors: dict[int, str] = {}
+        if self._failed_rows:
+            errors = {i: self._failed_rows[row] for i, row in enumerate(rows.tolist()) if row in self._failed_rows}
         self._mask(logits, batch, length_L, mask)
+        if self._processors:
+            self._context.num_tokens.index_copy_(0, batch.rows, length_L)
         for processor in self._processors:
             if not processor.keeps_argmax:
                 processor.apply(logits, rows, errors)
@@ -176,20 +177,19 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """The tokens ``[L]``, and the logits they were drawn from (complete only where processed logprobs need it)."""
         if batch.num_random == 0:
-            return _most_likely(logits), logits
+            return most_likely_ref(logits), logits
         index = batch.random_index
         drawn_from = logits if index is None else logits.index_select(0, index)
         drawn_from.div_(batch.temperature)
         self._apply_keeping_argmax(drawn_from, batch, rows, errors)
-        if batch.filters is not None:
-            _filter(drawn_from, batch.filters)
         position = length_L - batch.num_prompt
         position = position if index is None else position.index_select(0, index)
-        token = draw_ref(drawn_from.softmax(dim=1), uniform_ref(batch.stream, position))
+        is_shown = batch.logprobs is not None and not self._is_raw
+        token = _draw(drawn_from, batch.filters, uniform_ref(batch.stream, position), is_shown)
         if index is None:
             return token, drawn_from
-        token = _most_likely(logits).index_copy_(0, index, token)
-        if batch.logprobs is not None and not self._is_raw:
+        token = most_likely_ref(logits).index_copy_(0, index, token)
+        if is_shown:
             logits.index_copy_(0, index, drawn_from)
         return token, logits
 
@@ -274,17 +274,39 @@ class ActiveProcessor:
         return f"logits processor {self._name} raised {type(error).__name__}: {error}"
 
 
-def _most_likely(logits: Tensor) -> Tensor:
-    """``[L]`` int64; -1 where the largest logit is NaN or -inf."""
-    token = logits.argmax(dim=1)
-    best = logits.gather(1, token.unsqueeze(1)).squeeze(1)
-    return token.masked_fill_(~(best > -torch.inf), -1)
+def _draw(logits: Tensor, filters: Filters | None, uniform: Tensor, is_shown: bool) -> Tensor:
+    """A token for each row. ``is_shown``: write into ``logits`` what the filters rule out, for processed logprobs."""
+    if filters is None:
+        return draw_ref(logits.softmax(dim=1), uniform)
+    if is_shown:
+        _rule_out(logits, filters)
+        return draw_ref(logits.softmax(dim=1), uniform)
+    if filters.index is None or filters.others is None:
+        return _draw_filtered(logits, filters.columns, uniform)
+    token = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    chosen = _draw_filtered(logits.index_select(0, filters.index), filters.columns, uniform[filters.index])
+    token.index_copy_(0, filters.index, chosen)
+    rest = logits.index_select(0, filters.others).softmax(dim=1)
+    return token.index_copy_(0, filters.others, draw_ref(rest, uniform[filters.others]))
 
 
-def _filter(logits: Tensor, filters: Filters) -> None:
-    """Rule out what min-p, top-k and top-p cut off. In place."""
+def _draw_filtered(logits: Tensor, columns: FilterColumns, uniform: Tensor) -> Tensor:
+    """From the most likely tokens where these suffice, else from all."""
+    token, is_complete = draw_narrow_ref(logits, columns, uniform)
+    rest = (~is_complete).nonzero().squeeze(1)
+    if len(rest) > 0:
+        wide = logits.index_select(0, rest)
+        threshold = kept_threshold_ref(wide, columns.select(rest))
+        # Written so that NaN is kept: it must not look like a token that was cut off.
+        weights = torch.where(wide < threshold.unsqueeze(1), -torch.inf, wide).softmax(dim=1)
+        token.index_copy_(0, rest, draw_ref(weights, uniform[rest]))
+    return token
+
+
+def _rule_out(logits: Tensor, filters: Filters) -> None:
+    """Write -inf where min-p, top-k and top-p cut off. In place."""
     chosen = logits if filters.index is None else logits.index_select(0, filters.index)
-    threshold = kept_threshold_ref(chosen, filters.log_min_p, filters.top_k, filters.max_top_k, filters.top_p)
+    threshold = kept_threshold_ref(chosen, filters.columns)
     chosen.masked_fill_(chosen < threshold.unsqueeze(1), -torch.inf)
     if filters.index is not None:
         logits.index_copy_(0, filters.index, chosen)

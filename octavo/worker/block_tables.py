@@ -15,14 +15,18 @@ from octavo.messages import NewRow, SchedulerOutput
 
 
 class BlockTables:
-    """``[rows, max_blocks]`` int32 per KV group."""
+    """``[rows, width]`` int32 per KV group.
+
+    Attributes:
+        width: Most blocks of one row.
+    """
 
     def __init__(self, num_groups: int, max_num_seqs: int, max_model_len: int, block_size: int, device: Device) -> None:
         self._device = device
         self._block_size = block_size
         # One more than the length needs: the token drawn when a text is full has a position, but never a slot.
-        self._max_blocks = -(-max_model_len // block_size) + 1
-        self._tables = [device.zeros((max_num_seqs, self._max_blocks), torch.int32) for _ in range(num_groups)]
+        self.width = -(-max_model_len // block_size) + 1
+        self._tables = [device.zeros((max_num_seqs, self.width), torch.int32) for _ in range(num_groups)]
         self._num_blocks = np.zeros((num_groups, max_num_seqs), np.int64)
 
     def apply(self, plan: SchedulerOutput) -> None:
@@ -32,7 +36,7 @@ class BlockTables:
         for new in plan.new_rows:
             self._place_new(new, places, values)
         for row, group, block_id in zip(plan.block_rows, plan.block_groups, plan.block_ids, strict=True):
-            places[group].append(row * self._max_blocks + self._take_column(group, row, 1))
+            places[group].append(row * self.width + self._take_column(group, row, 1))
             values[group].append(block_id)
         for table, place, value in zip(self._tables, places, values, strict=True):
             if place:
@@ -44,13 +48,13 @@ class BlockTables:
         assert len(new.block_ids) == len(self._tables), "one list of blocks per KV group"
         for group, ids in enumerate(new.block_ids):
             self._num_blocks[group, new.row] = 0
-            first = new.row * self._max_blocks + self._take_column(group, new.row, len(ids))
+            first = new.row * self.width + self._take_column(group, new.row, len(ids))
             places[group].extend(range(first, first + len(ids)))
             values[group].extend(ids)
 
     def _take_column(self, group: int, row: int, count: int) -> int:
         column = int(self._num_blocks[group, row])
-        assert column + count <= self._max_blocks, "more blocks than max_model_len needs"
+        assert column + count <= self.width, "more blocks than max_model_len needs"
         self._num_blocks[group, row] = column + count
         return column
 
@@ -59,13 +63,16 @@ class BlockTables:
         width = -(-max_seq_len // self._block_size)
         return [table[:, :width].index_select(0, row_index) for table in self._tables]
 
-    def slots(self, token_row: Tensor, positions: Tensor) -> list[Tensor]:
+    def slots(self, table_base: Tensor, positions: Tensor) -> list[Tensor]:
         """Per group ``[T]`` int64: where in the cache the tokens of a step go.
 
         Args:
-            token_row: ``[T]`` int64 row of each token.
+            table_base: ``[T]`` int64 row of each token times ``width``.
             positions: ``[T]`` int64 position of each token.
         """
-        place = token_row * self._max_blocks + positions // self._block_size
-        offset = positions % self._block_size
-        return [table.view(-1).index_select(0, place).long() * self._block_size + offset for table in self._tables]
+        block = torch.div(positions, self._block_size, rounding_mode="floor")
+        offset = torch.sub(positions, block, alpha=self._block_size)
+        place = block.add_(table_base)
+        return [
+            torch.add(offset, table.view(-1).index_select(0, place), alpha=self._block_size) for table in self._tables
+        ]

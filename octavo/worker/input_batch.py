@@ -49,6 +49,8 @@ class StepLayout:
     """[T] int64 place of each token within its request's part."""
     history_base: Tensor
     """[T] int64 where the row's history begins in the flat one."""
+    table_base: Tensor
+    """[T] int64 where the row's block table begins in the flat one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +62,13 @@ class SampledSet:
     """[L] batch positions."""
     rows: IntArray
     """[L] on the host."""
-    row_index: Tensor
-    """[L] int64."""
     batch_index: Tensor
     """[L] int64, the same as ``positions``."""
     logits_indices: Tensor
     """[L] int64 places of their last tokens in the step."""
+    history_base: Tensor
+    """[L] int64 where their histories begin in the flat one."""
+    is_every_request: bool
     is_every_token: bool
     """Each token of the step is one that needs logits, in order: a plain decode step."""
 
@@ -121,7 +124,7 @@ class InputBatch:
         input_ids = rows.token_ids.view(-1).index_select(0, layout.history_base + positions).long()
         lengths = rows.num_computed.index_select(0, layout.row_index).add_(layout.scheduled)
         seq_lens = lengths.int()
-        slots = self._tables.slots(layout.token_row, positions)
+        slots = self._tables.slots(layout.table_base, positions)
         if is_dry:
             slots = [torch.full_like(slot, -1) for slot in slots]
         tables = self._tables.gather(layout.row_index, shape.max_seq_len)
@@ -162,6 +165,7 @@ class InputBatch:
             token_row=self._upload(token_row),
             token_offset=self._upload(token_offset),
             history_base=self._upload(token_row * self._rows.width),
+            table_base=self._upload(token_row * self._tables.width),
         )
         self._sampled = None
         return self._layout
@@ -177,9 +181,10 @@ class InputBatch:
             key=key,
             positions=positions.tolist(),
             rows=layout.rows[positions],
-            row_index=self._upload(layout.rows[positions]),
             batch_index=self._upload(positions),
             logits_indices=self._upload(indices),
+            history_base=self._upload(layout.rows[positions] * self._rows.width),
+            is_every_request=len(positions) == len(layout.rows),
             is_every_token=len(indices) == len(layout.token_row),
         )
         return self._sampled

@@ -104,10 +104,10 @@ class ModelRunner:
         pending = PendingOutput(step.step_id, inputs.batch.shape.num_reqs, self._device, (step.times, (start, end)))
         pending.add_prompt(step.prompt_logprobs)
         bits = self._unpack_mask(mask, len(sampled.rows))
-        is_all = len(sampled.positions) == inputs.batch.shape.num_reqs
-        lengths = inputs.lengths if is_all else inputs.lengths.index_select(0, sampled.batch_index)
-        for first in range(0, len(sampled.rows), self._max_logits_rows):
-            piece = slice(first, first + self._max_logits_rows)
+        lengths = inputs.lengths if sampled.is_every_request else inputs.lengths.index_select(0, sampled.batch_index)
+        most = self._max_logits_rows
+        for first in range(0, len(sampled.rows), most):
+            piece = slice(first, first + most)
             output = self._sampler.sample(
                 self._model.compute_logits(step.hidden[piece]),
                 sampled.rows[piece],
@@ -115,7 +115,7 @@ class ModelRunner:
                 inputs.batch.shape.max_seq_len,
                 None if bits is None else bits[piece],
             )
-            self._rows.append(sampled.row_index[piece], lengths[piece], output.token_ids)
+            self._rows.append(sampled.history_base[piece], lengths[piece], output.token_ids)
             pending.add_sampled(sampled.positions[piece], output)
         end.record()
         return pending

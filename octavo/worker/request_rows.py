@@ -21,10 +21,9 @@ class RequestRows:
     Attributes:
         token_ids: ``[rows, max_model_len + 1]`` int32 on the device. The last column takes the token that may be drawn
             when a text is already full.
-        num_tokens: ``[rows]`` int64 on the device: known tokens.
         num_computed: ``[rows]`` int64 on the device: tokens whose keys and values are in the cache.
-        num_tokens_host: The same on the host, counting tokens that a step in flight will draw.
-        num_computed_host: The same on the host, counting steps in flight.
+        num_tokens_host: Known tokens, on the host, counting tokens that a step in flight will draw.
+        num_computed_host: ``num_computed`` on the host, counting steps in flight.
         num_prompt_host: Prompt tokens.
     """
 
@@ -32,7 +31,6 @@ class RequestRows:
         self._device = device
         self.width = max_model_len + 1
         self.token_ids = device.zeros((max_num_seqs, self.width), torch.int32)
-        self.num_tokens = device.zeros((max_num_seqs,), torch.int64)
         self.num_computed = device.zeros((max_num_seqs,), torch.int64)
         self.num_tokens_host = np.zeros(max_num_seqs, np.int64)
         self.num_computed_host = np.zeros(max_num_seqs, np.int64)
@@ -48,7 +46,6 @@ class RequestRows:
         self.num_computed_host[rows] = [new.num_computed_tokens for new in new_rows]
         self.num_prompt_host[rows] = [new.num_prompt_tokens for new in new_rows]
         index = self._upload(rows)
-        self.num_tokens.index_copy_(0, index, self._upload(self.num_tokens_host[rows]))
         self.num_computed.index_copy_(0, index, self._upload(self.num_computed_host[rows]))
 
     def advance(
@@ -58,17 +55,15 @@ class RequestRows:
         self.num_computed_host[rows] += scheduled_host
         self.num_computed.index_add_(0, row_index, scheduled)
 
-    def append(self, row_index: Tensor, length: Tensor, tokens: Tensor) -> None:
+    def append(self, history_base: Tensor, length: Tensor, tokens: Tensor) -> None:
         """Write the tokens just drawn behind their rows' texts.
 
         Args:
-            row_index: ``[L]`` int64.
+            history_base: ``[L]`` int64, row times ``width``.
             length: ``[L]`` int64 known tokens so far: where the token goes.
             tokens: ``[L]`` int64; -1 (nothing could be drawn) is written as 0, the request is about to end.
         """
-        flat = self.token_ids.view(-1)
-        flat.index_copy_(0, row_index * self.width + length, tokens.clamp(min=0).int())
-        self.num_tokens.index_copy_(0, row_index, length + 1)
+        self.token_ids.view(-1).index_copy_(0, history_base + length, tokens.clamp(min=0).int())
 
     def _upload(self, array: NDArray[np.int64]) -> Tensor:
         return self._device.upload(torch.from_numpy(array))

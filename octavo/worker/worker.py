@@ -131,7 +131,7 @@ class Worker:
             max_num_seqs=limits.max_num_seqs,
             device=device.torch_device,
             token_ids=rows.token_ids,
-            num_tokens=rows.num_tokens,
+            num_tokens=device.zeros((limits.max_num_seqs,), torch.int64),
         )
         self._runner = ModelRunner(
             self._model,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from octavo.kernels.sampling.candidates import top_candidates_ref
+
 
 def token_values_ref(
     logits_LV: Tensor, token_L: Tensor, num_top: int, named_LM: Tensor | None, normalise: bool
@@ -25,7 +27,7 @@ def token_values_ref(
     values_LV = logits_LV.log_softmax(dim=1) if normalise else logits_LV
     ids = [token_L.unsqueeze(1)]
     if num_top > 0:
-        ids.append(values_LV.topk(num_top, dim=1).indices)
+        ids.append(top_candidates_ref(values_LV, num_top)[1])
     if named_LM is not None:
         ids.append(named_LM)
     token_ids = torch.cat(ids, dim=1)

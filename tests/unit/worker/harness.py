@@ -121,7 +121,7 @@ class LittleEngine:
         tables = BlockTables(num_groups, ROWS, MAX_LEN, BLOCK, device)
         spec = AttentionSpec(1, 1, 1, BLOCK, torch.float32, torch.float32, 1.0)
         inputs = InputBatch(rows, tables, [PlainBackend(spec) for _ in range(num_groups)], device)
-        context = ProcessorContext(VOCAB, ROWS, device.torch_device, rows.token_ids, rows.num_tokens)
+        context = ProcessorContext(VOCAB, ROWS, device.torch_device, rows.token_ids, torch.zeros(ROWS).long())
         self.sampler = Sampler(context, mode, load_processors(processors, context))
         self.runner = ModelRunner(
             self.model, rows, tables, inputs, self.sampler, device, vocab_size=VOCAB, max_logits_rows=max_logits_rows

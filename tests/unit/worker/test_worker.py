@@ -1,5 +1,5 @@
 """The worker on a tiny dummy model: order of steps, deferred sampling, memory numbers. Turns red when a step overtakes
-that waits for its mask, when a failure does not reach its future, or when the ledger of memory changes a term."""
+one that waits for its mask, when a failure does not reach its future, or when the memory ledger changes a term."""
 
 from __future__ import annotations
 
