@@ -165,16 +165,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def _check_ids(self) -> None:
         for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
-            ids = getattr(self, name)
-            if ids is not None and (not isinstance(ids, list) or any(not _is_int(i) or i < 0 for i in ids)):
+            ids: object = getattr(self, name)
+            if ids is not None and not _is_id_list(ids):
                 _refuse(name, ids, "a list of token ids (integers >= 0)")
         if self.logprob_token_ids is not None and len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
             _refuse("logprob_token_ids", f"{len(self.logprob_token_ids)} ids", f"at most {MAX_LOGPROB_TOKEN_IDS} ids")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             _refuse("allowed_token_ids", [], "left out, or a list with at least one token id")
         if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, dict):
-                _refuse("logit_bias", self.logit_bias, "a map from token id to a number")
+            given: object = self.logit_bias  # whatever the caller wrote, not what the annotation says
+            if not isinstance(given, dict):
+                _refuse("logit_bias", given, "a map from token id to a number")
             for token_id, bias in self.logit_bias.items():
                 if not _is_int(token_id) or token_id < 0 or not _is_number(bias) or not math.isfinite(bias):
                     _refuse("logit_bias", {token_id: bias}, "a map from token id to a finite number")
@@ -195,6 +196,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 def _is_text_list(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) and text for text in cast("list[object]", value))
+
+
+def _is_id_list(value: object) -> bool:
+    return isinstance(value, list) and all(_is_int(i) and cast("int", i) >= 0 for i in cast("list[object]", value))
 
 
 def _is_int(value: object) -> bool:
@@ -219,8 +224,9 @@ def _check_int(param: str, value: object, low: int, high: int, hint: str | None 
 
 
 def _check_float(param: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    is_finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if is_finite and (value > low if open_low else value >= low) and value <= high:
-        return
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        is_high_enough = value > low if open_low else value >= low
+        if is_high_enough and value <= high:
+            return
     bound = f"{'>' if open_low else '>='} {low:g}"
     _refuse(param, value, f"a finite number {bound}" + ("" if high == math.inf else f" and <= {high:g}"))
