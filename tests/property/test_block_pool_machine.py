@@ -11,6 +11,7 @@ from octavo.kv_cache.block_pool import Block, BlockPool
 
 NUM_BLOCKS = 9
 NUM_GROUPS = 2
+NAMES = [b"x", b"y", b"z"]
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
@@ -25,8 +26,8 @@ class BlockPoolMachine(RuleBasedStateMachine):
     def is_cached(self, block_id: int) -> bool:
         return block_id in self.cached.values()
 
-    @rule(count=st.integers(0, 5))
-    def take(self, count: int) -> None:
+    @rule(count=st.integers(0, 5), is_findable=st.booleans(), group=st.integers(0, NUM_GROUPS - 1))
+    def take(self, count: int, is_findable: bool, group: int) -> None:
         if count > len(self.free):
             return
         blocks = self.pool.take(count)
@@ -35,6 +36,10 @@ class BlockPoolMachine(RuleBasedStateMachine):
         self.cached = {key: block_id for key, block_id in self.cached.items() if block_id not in wanted}
         self.references |= dict.fromkeys(wanted, 1)
         self.holders.append(blocks)
+        if is_findable:
+            for block, name in zip(blocks, NAMES, strict=False):
+                self.pool.make_findable(block, name, group)
+                self.cached.setdefault((group, name), block.block_id)
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data(), from_the_end=st.booleans())
@@ -51,7 +56,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
                 self.free.insert(len(self.free) if self.is_cached(block.block_id) else 0, block.block_id)
 
     @precondition(lambda self: self.holders)
-    @rule(data=st.data(), group=st.integers(0, NUM_GROUPS - 1), name=st.sampled_from([b"x", b"y", b"z"]))
+    @rule(data=st.data(), group=st.integers(0, NUM_GROUPS - 1), name=st.sampled_from(NAMES))
     def make_findable(self, data: st.DataObject, group: int, name: bytes) -> None:
         blocks = self.holders[data.draw(st.integers(0, len(self.holders) - 1))]
         blocks = [b for b in blocks if b is not self.pool.null_block and not self.is_cached(b.block_id)]
@@ -60,7 +65,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         self.pool.make_findable(blocks[0], name, group)
         self.cached.setdefault((group, name), blocks[0].block_id)
 
-    @rule(group=st.integers(0, NUM_GROUPS - 1), name=st.sampled_from([b"x", b"y", b"z"]), with_null=st.booleans())
+    @rule(group=st.integers(0, NUM_GROUPS - 1), name=st.sampled_from(NAMES), with_null=st.booleans())
     def find_and_hold(self, group: int, name: bytes, with_null: bool) -> None:
         block = self.pool.find(name, group)
         assert (None if block is None else block.block_id) == self.cached.get((group, name))

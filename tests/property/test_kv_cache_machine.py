@@ -17,7 +17,8 @@ from tests.simulation.configs import cache_config, kv_spec
 Content = tuple[int, str | None, tuple[int, ...]]
 """Group, salt, and all tokens up to the end of the block."""
 
-TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+STEMS = [[0] * 14, [0] * 5 + [1] * 9]
+TOKENS = st.builds(lambda stem, length: stem[:length], st.sampled_from(STEMS), st.integers(1, 14))
 
 
 class Sequence:
@@ -85,7 +86,7 @@ class KVCacheMachine(RuleBasedStateMachine):
                 if block.block_id:
                     assert self.contents[block.block_id] == self.content(sequence, group, index)
 
-    @rule(data=st.data(), extra=st.integers(1, 6))
+    @rule(data=st.data(), extra=st.integers(1, 14))
     def start(self, data: st.DataObject, extra: int) -> None:
         sequence = self.pick(data, is_in_cache=False)
         if sequence is None:
@@ -114,7 +115,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         if added is not None:
             self.handed_out(added)
 
-    @rule(data=st.data(), count=st.integers(1, 6))
+    @rule(data=st.data(), count=st.integers(1, 14))
     def compute(self, data: st.DataObject, count: int) -> None:
         sequence = self.pick(data, is_in_cache=True)
         if sequence is None:
@@ -177,4 +178,4 @@ class KVCacheMachine(RuleBasedStateMachine):
 
 
 TestKVCache = KVCacheMachine.TestCase
-TestKVCache.settings = settings(max_examples=60, stateful_step_count=40)
+TestKVCache.settings = settings(max_examples=100, stateful_step_count=40)
