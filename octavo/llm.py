@@ -262,7 +262,14 @@ class LLM:
                     self._frontend.abort([request.request_id for request in requests])
                     self._frontend.client.call("ping")  # the aborts are read before this is answered
                 raise
+        self._rest()
         return [finished[request.request_id] for request in requests]
+
+    def _rest(self) -> None:
+        """Let an engine in this process, which works only while it is waited for, find that it is idle: it publishes
+        its numbers and checks its books."""
+        while (received := self._frontend.client.recv(0.0)) is not None:
+            self._frontend.take(received)
 
     def _work(self, requests: list[ProcessedRequest], interrupt: DeferredInterrupt) -> Iterator[RequestOutput]:
         """Submit requests as the engine's queue has room, and yield each output that finishes."""

@@ -75,7 +75,7 @@ def random_prompts(count: int, seed: int = 0, longest: int = 150) -> list[list[i
     return [[rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
-def greedy(max_tokens: int = 40, **more: Any) -> SamplingParams:
+def greedy(max_tokens: int = 24, **more: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **more)
 
 

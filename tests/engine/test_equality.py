@@ -54,7 +54,7 @@ def sampled() -> list[SamplingParams]:
         {"temperature": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.3},
     ]
     return [
-        SamplingParams(seed=100 + index, max_tokens=40, ignore_eos=True, **kinds[index % 4])
+        SamplingParams(seed=100 + index, max_tokens=24, ignore_eos=True, **kinds[index % 4])
         for index in range(len(PROMPTS))
     ]
 
@@ -146,7 +146,7 @@ def test_streams_join_to_what_generate_returns(tiny_model: Any, alone: dict[str,
     )  # fmt: skip
 
     async def stream(engine: AsyncLLM, index: int, kind: RequestOutputKind) -> list[int]:
-        params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, output_kind=kind)
+        params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, output_kind=kind)
         token_ids: list[int] = []
         async for output in engine.generate(PROMPTS[index], params):
             new = output.outputs[0].token_ids

@@ -177,6 +177,16 @@ def test_metrics_count_what_was_done(make_llm: MakeLLM) -> None:
     assert (success.labels["finished_reason"], success.value) == ("length", len(PROMPTS))
 
 
+def test_the_books_are_checked_after_a_call(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    core: Any = make_llm()._frontend.client._core  # type: ignore[attr-defined]
+    checks: list[bool] = []
+    monkeypatch.setattr(core._scheduler, "check_books", lambda: checks.append(core.is_idle()))
+    core._books_due_s = 0.0
+    make_llm().generate(PROMPTS, greedy(2))
+    make_llm().generate(PROMPTS, greedy(2))
+    assert checks == [True]  # once: not more often than each second
+
+
 def test_defaults_come_from_the_model(text_llm: LLM, tiny_model: Path) -> None:
     assert text_llm.get_default_sampling_params() == SamplingParams()
     with LLM(
