@@ -173,7 +173,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             _refuse("allowed_token_ids", [], "left out, or a list with at least one token id")
         if self.logit_bias is not None:
-            given: object = self.logit_bias  # whatever the caller wrote, not what the annotation says
+            given = cast("object", self.logit_bias)  # whatever the caller wrote, not what the annotation says
             if not isinstance(given, dict):
                 _refuse("logit_bias", given, "a map from token id to a number")
             for token_id, bias in self.logit_bias.items():
