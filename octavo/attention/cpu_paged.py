@@ -51,6 +51,8 @@ class CpuPagedBackend:
             return f"it computes in float32, not in {spec.dtype} with a {spec.kv_dtype} cache"
         if spec.logit_softcap is not None:
             return "it has no logit softcap"
+        if spec.head_dim % 8:
+            return f"head_dim {spec.head_dim} is not a multiple of 8"
         return native_status() if native_kernels() is None else None
 
     def kv_shape(self, num_blocks: int) -> tuple[int, ...]:

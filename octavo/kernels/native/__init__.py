@@ -50,19 +50,19 @@ class NativeKernels:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def pack_int8(self, weight: Tensor) -> Tensor:
-        """``[N, K]`` int8 to the panels that ``linear_int8`` reads: ``[ceil(N / 4), Kp / lanes, 4, lanes]``, zero padded."""
+        """``[N, K]`` int8 to the zero-padded panels of ``linear_int8``: ``[ceil(N / 4), Kp / lanes, 4, lanes]``."""
         rows, size = weight.shape
         padded = F.pad(weight, (0, -size % self.lanes, 0, -rows % _PANEL_ROWS))
         return padded.view(-1, _PANEL_ROWS, padded.shape[1] // self.lanes, self.lanes).transpose(1, 2).contiguous()
 
     def linear_int8(self, x: Tensor, panels: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """``x [T, K]`` times ``(weight int8 [N, K] * scale [N])^T + bias``: ``[T, N]``; ``panels`` is the packed weight.
+        """``x [T, K]`` times ``(weight [N, K] * scale [N])^T + bias``: ``[T, N]``; ``panels`` is the packed weight.
 
         Inputs are rounded to 16-bit integers with one scale per row (fewer bits when K is above 516, so that sums stay
         exact in 32 bits): the weights' rounding is all that is lost. Reference: ``quantization.int8.linear_int8_ref``.
         """
         rows, size = x.shape
-        outputs = len(scale)
+        outputs = scale.shape[0]
         out = torch.empty((rows, outputs), dtype=torch.float32)
         scratch = self._borrow(rows * (2 * (size + self.lanes) + 4))
         self._linear_int8(
@@ -90,7 +90,7 @@ class NativeKernels:
         self._rotate(x_THD.data_ptr(), x_THD.stride(0), rotation.data_ptr(), tokens, heads, size, 2 * rotation.shape[1])
 
     def write_kv(self, k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-        """Copy ``k``, ``v`` ``[T, G, D]`` into ``cache [N, P, 2, G, D]`` at ``slot_mapping [T]`` int64; -1 is skipped."""
+        """Copy ``k``, ``v`` ``[T, G, D]`` to ``slot_mapping [T]`` int64 of ``cache [N, P, 2, G, D]``; -1 is skipped."""
         self._write_kv(
             k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), cache.data_ptr(), slot_mapping.data_ptr(),
             k.shape[0], k.shape[1] * k.shape[2],

@@ -208,23 +208,28 @@ void octavo_rotate(float *x, long ldx, const float *rotation, long T, long H, lo
 
 #define SPAN 256 /* keys of one task: fixed, so that sums do not depend on the batch */
 
-/* One head group over keys [first, last) of one request: R queries share the keys. Writes per query: maximum, sum of
- * exponentials, D weighted values. */
+typedef float vec8 __attribute__((vector_size(32), aligned(4)));
+INLINE float sum8(vec8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+/* One head group over keys [first, last) of one request: R queries share the keys; D is a multiple of 8. Writes per
+ * query: maximum, sum of exponentials, D weighted values. */
 INLINE void attend_span(const float *q, const float *cache, const int32_t *table, long first, long last, long P,
                         long G, long D, float scale, float *partial, const int R) {
-    float scores[4][SPAN];
+    float scores[4][SPAN] __attribute__((aligned(64)));
     const long count = last - first, stride = 2 * G * D;
     const float *keys[SPAN];
     for (long j = 0; j < count; j++) {
         const long position = first + j;
         keys[j] = cache + ((long)table[position / P] * P + position % P) * stride;
     }
-    for (long j = 0; j < count; j++)
-        for (int r = 0; r < R; r++) {
-            float sum = 0.f;
-            for (long d = 0; d < D; d++) sum += q[r * D + d] * keys[j][d];
-            scores[r][j] = sum * scale;
+    for (long j = 0; j < count; j++) {
+        vec8 acc[4] = {{0}, {0}, {0}, {0}};
+        for (long d = 0; d < D; d += 8) {
+            const vec8 key = *(const vec8 *)(keys[j] + d);
+            for (int r = 0; r < R; r++) acc[r] += *(const vec8 *)(q + r * D + d) * key;
         }
+        for (int r = 0; r < R; r++) scores[r][j] = sum8(acc[r]) * scale;
+    }
     for (int r = 0; r < R; r++) {
         float high = -INFINITY, sum = 0.f;
         for (long j = 0; j < count; j++) high = larger(high, scores[r][j]);
@@ -232,14 +237,21 @@ INLINE void attend_span(const float *q, const float *cache, const int32_t *table
         for (long j = 0; j < count; j++) sum += scores[r][j];
         partial[r * (D + 2)] = high;
         partial[r * (D + 2) + 1] = sum;
-        memset(partial + r * (D + 2) + 2, 0, sizeof(float) * (size_t)D);
     }
-    for (long j = 0; j < count; j++) {
-        const float *value = keys[j] + G * D;
+    for (long d = 0; d < D; d += 16) {
+        const int is_pair = d + 8 < D;
+        vec8 low[4] = {{0}, {0}, {0}, {0}}, up[4] = {{0}, {0}, {0}, {0}};
+        for (long j = 0; j < count; j++) {
+            const float *value = keys[j] + G * D + d;
+            const vec8 a = *(const vec8 *)value, b = *(const vec8 *)(value + (is_pair ? 8 : 0));
+            for (int r = 0; r < R; r++) {
+                low[r] += scores[r][j] * a;
+                up[r] += scores[r][j] * b;
+            }
+        }
         for (int r = 0; r < R; r++) {
-            float *sum = partial + r * (D + 2) + 2;
-            const float weight = scores[r][j];
-            for (long d = 0; d < D; d++) sum[d] += weight * value[d];
+            *(vec8 *)(partial + r * (D + 2) + 2 + d) = low[r];
+            if (is_pair) *(vec8 *)(partial + r * (D + 2) + 2 + d + 8) = up[r];
         }
     }
 }
