@@ -8,9 +8,11 @@ imports torch nor the engine's loop.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -75,6 +77,8 @@ class AsyncLLM:
         self._is_stopping = False
         self._pump_thread = threading.Thread(target=self._pump, name="octavo-pump", daemon=True)
         self._pump_thread.start()
+        # A program that ends without shutdown must not end under a thread that computes or polls.
+        atexit.register(self.shutdown)
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs, *, in_process: bool = False, log_stats: bool | None = None) -> AsyncLLM:
@@ -263,7 +267,8 @@ class AsyncLLM:
                 gone = [request_id for request_id, stream in self._streams.items() if stream.loop is loop]
                 for request_id in gone:
                     del self._streams[request_id]
-                self._frontend.abort(gone)
+                with suppress(EngineDeadError):
+                    self._frontend.abort(gone)
 
     def _fail(self, cause: Exception) -> None:
         with self._lock:
@@ -286,6 +291,7 @@ class AsyncLLM:
             self._is_stopping = True
             error = EngineDeadError("the engine was shut down")
             self._deliver([(each, error) for each in list(self._streams)])
+        atexit.unregister(self.shutdown)
         self._frontend.client.close()
         self._pump_thread.join()
 

@@ -153,7 +153,7 @@ CONFIG = EngineConfig(
     load=LoadConfig("fake", "/nowhere", "dummy", None, 0),
     device=DeviceConfig("cpu", "float32", "auto", "none", 1, True, 1),
     cache=CacheConfig(16, "float32", True, "sha256", 0.9, None, None),
-    scheduler=SchedulerConfig(64, 4, 64, True, 0, "fcfs", 16, 1024, {"a": 2.0}),
+    scheduler=SchedulerConfig(10**6, 4, 64, True, 0, "fcfs", 16, 1024, {"a": 2.0}),
     parallel=ParallelConfig(),
     frontend=FrontendConfig(("fake",), "/nowhere", True, None, 20, "raw_logprobs", {"temperature": 0.5}, 0),
 )

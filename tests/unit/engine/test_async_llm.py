@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -217,3 +219,25 @@ def test_throughput_is_logged_while_working_and_only_where_asked(
     assert "throughput" not in caplog.text
     asyncio.run(work(False))
     assert "Engine 000: Avg prompt throughput: 0.0 tokens/s" in caplog.text
+
+
+CARELESS = """
+import asyncio, sys
+from octavo.engine.async_llm import AsyncLLM
+from octavo.engine.frontend import start_frontend
+from octavo.sampling_params import SamplingParams
+from tests.unit.engine.fakes import FakeArgs
+build = "tests.unit.engine.fakes:build"
+engine = AsyncLLM(start_frontend(FakeArgs(step_s=0.002), sys.argv[1] == "thread", build=build))
+async def main():
+    async for _ in engine.generate([1], SamplingParams(max_tokens=10**6, detokenize=False)):
+        break
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("where", ["thread", "process"])
+def test_a_program_that_forgets_to_shut_down_ends_quietly(where: str) -> None:
+    # Red when the engine keeps the program alive, or the end of the program crashes under its thread.
+    done = subprocess.run([sys.executable, "-c", CARELESS, where], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
