@@ -10,11 +10,11 @@ import logging
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 
 from octavo.checkpoint.config_reader import read_model_config
-from octavo.checkpoint.locate import locate_model
+from octavo.checkpoint.locate import locate_model, locate_tokenizer
 from octavo.config.args import EngineArgs
 from octavo.config.engine import Decision, EngineConfig
 from octavo.config.resolve import KVCacheSize, resolve, size_kv_cache
@@ -108,6 +108,8 @@ def build(args: EngineArgs, emit: Callable[[int, CoreOutput], None]) -> tuple[En
 
 def _resolve(args: EngineArgs) -> tuple[EngineConfig, list[Decision]]:
     located = locate_model(args.model, args.revision, args.download_dir)
+    if args.tokenizer is not None:
+        args = replace(args, tokenizer=locate_tokenizer(args.tokenizer, download_dir=args.download_dir))
     model = read_model_config(located, args.hf_overrides)
     hardware = probe_hardware("cpu" if args.device == "auto" else args.device)
     return resolve(args, located, model, hardware)
