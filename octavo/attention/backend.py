@@ -55,14 +55,26 @@ class AttentionBackend(Protocol):
         """Prepare what all layers of the group share. Once per step."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
-        """Write k and v at ``meta.slot_mapping``, then attend causally over the paged history. Once per layer.
+    def kv_views(self, cache: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of one layer's cache as ``[N, P, G, D]`` views of equal strides, last dimension contiguous.
+
+        The kernel that rotates queries and keys then writes into them itself, and ``write`` is not called. None: the
+        cache has no such form, or the backend is faster at writing.
+        """
+        ...
+
+    def write(self, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata) -> None:
+        """Write ``k`` and ``v`` ``[T, G, D]``, rotary embedding applied, at ``meta.slot_mapping``. Once per layer."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+        """Attend causally over the paged history. Once per layer, after this step's keys and values are written.
 
         Args:
             q: ``[T, H, D]``.
-            k: ``[T, G, D]``, rotary embedding applied.
+            k: ``[T, G, D]``, those of this step, rotary embedding applied.
             v: ``[T, G, D]``.
-            cache: ``kv_shape()``; written.
+            cache: ``kv_shape()``.
             meta: What ``plan()`` returned.
             out: ``[T, H, D]``; written.
         """

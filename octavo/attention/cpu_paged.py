@@ -79,13 +79,19 @@ class CpuPagedBackend:
         spans = self._torch.plan_spans(others, starts, lens, block_table)
         return CpuPagedMetadata(slot_mapping, block_table, starts[-1], decodes, spans)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+    def kv_views(self, cache: Tensor) -> None:
+        """None: the compiled writer is faster."""
+
+    def write(self, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata) -> None:
+        """See AttentionBackend."""
+        self._native.write_kv(k, v, cache, meta.slot_mapping)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
         """See AttentionBackend."""
         assert isinstance(meta, CpuPagedMetadata)
-        self._native.write_kv(k, v, cache, meta.slot_mapping)
         if meta.num_tokens < len(out):
             out[meta.num_tokens :].zero_()
         if meta.decodes is not None:
             self._native.decode_attention(q, cache, meta.decodes, self._spec.scale, out)
         if meta.spans:
-            self._torch.attend(q, k, v, cache, meta.spans, out)
+            self._torch.attend_spans(q, k, v, cache, meta.spans, out)

@@ -99,16 +99,23 @@ class TorchSdpaBackend:
                 spans += self._spans(starts[index], starts[index + 1], lens[index], block_table[index], is_run[index])
         return spans
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+    def kv_views(self, cache: Tensor) -> None:
+        """None: the rotation is a pass of its own here."""
+
+    def write(self, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata) -> None:
         """See AttentionBackend."""
         assert isinstance(meta, TorchSdpaMetadata)
         _write(k, v, cache.flatten(0, 1), meta)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+        """See AttentionBackend."""
+        assert isinstance(meta, TorchSdpaMetadata)
         if meta.num_tokens < len(out):
             out[meta.num_tokens :].zero_()
-        self.attend(q, k, v, cache, meta.spans, out)
+        self.attend_spans(q, k, v, cache, meta.spans, out)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, spans: Sequence[Span], out: Tensor) -> None:
-        """Attention of the spans' queries; the cache holds this step's keys already. Shapes as in ``forward``."""
+    def attend_spans(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, spans: Sequence[Span], out: Tensor) -> None:
+        """Attention of the spans' queries; the cache holds this step's keys already. Shapes as in ``attend``."""
         slots = cache.flatten(0, 1)  # [N * P, 2, G, D]
         for span in spans:
             query = q[span.query_start : span.query_end]

@@ -80,11 +80,19 @@ class TritonBackend:
             tiles = upload_tiles(self._prefill.cut(step.query_lens, step.seq_lens), device)
         return TritonMetadata(slot_mapping, block_table, query_start_loc, work, tiles)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+    def kv_views(self, cache: Tensor) -> tuple[Tensor, Tensor]:
         """See AttentionBackend."""
+        return cache[:, 0].transpose(1, 2), cache[:, 1].transpose(1, 2)
+
+    def write(self, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata) -> None:
+        """See AttentionBackend."""
+        kv_write(k, v, cache, meta.slot_mapping)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+        """See AttentionBackend."""
+        del k, v  # read from the cache
         assert isinstance(meta, TritonMetadata)
         spec = self._spec
-        kv_write(k, v, cache, meta.slot_mapping)
         if meta.work is not None:
             decode_attention(
                 q, cache, meta.block_table, meta.query_start_loc, meta.work, out,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.kernels.gpu import gpu_kernels
 from octavo.kernels.native import native_kernels
 
 
@@ -23,6 +24,8 @@ def gelu_tanh_and_mul_ref(gate_up: Tensor) -> Tensor:
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """As ``silu_and_mul_ref``, by the compiled kernel where it applies; ``gate_up`` may be overwritten."""
+    if gate_up.is_cuda:
+        return gpu_kernels("activation").gated(gate_up, is_gelu=False)
     if gate_up.dtype is torch.float32 and gate_up.is_contiguous():
         native = native_kernels()
         if native is not None and gate_up.device.type == "cpu":
@@ -33,5 +36,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 
 def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
     """As ``gelu_tanh_and_mul_ref``."""
+    if gate_up.is_cuda:
+        return gpu_kernels("activation").gated(gate_up, is_gelu=True)
     size = gate_up.shape[-1] // 2
     return torch.mul(F.gelu(gate_up[:, :size], approximate="tanh"), gate_up[:, size:])

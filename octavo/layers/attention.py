@@ -11,8 +11,11 @@ from torch import Tensor
 
 from octavo.attention.backend import AttentionBackend
 from octavo.batch import ForwardBatch
+from octavo.kernels.rope import norm_rotate_write
 from octavo.layers.context import LayerContext
+from octavo.layers.norm import RMSNorm
 from octavo.layers.parameter import Layer
+from octavo.layers.rotary import Rotations, rotate_heads
 
 
 class Attention(Layer):
@@ -41,16 +44,46 @@ class Attention(Layer):
         self.layer_index = len(context.attention_layers)
         self._backend: AttentionBackend | None = None
         self._cache: Tensor | None = None
+        self._views: tuple[Tensor, Tensor] | None = None
         self._group_index = 0
         context.attention_layers.append(self)
 
     def bind(self, cache: Tensor, backend: AttentionBackend, group_index: int) -> None:
         """Give the layer its cache tensor (``backend.kv_shape()``), backend and index into ``batch.metadata``."""
         self._cache, self._backend, self._group_index = cache, backend, group_index
+        self._views = backend.kv_views(cache)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
-        """``q [T, H, D]``, ``k`` and ``v`` ``[T, G, D]`` to ``[T, H * D]``; writes this step's k and v to the cache."""
+    def forward(
+        self, qkv: Tensor, rotations: Rotations, batch: ForwardBatch, norms: tuple[RMSNorm, RMSNorm] | None = None
+    ) -> Tensor:
+        """Rotate queries and keys, write this step's keys and values to the cache, attend.
+
+        Args:
+            qkv: ``[T, (H + 2G) * D]``, query heads, key heads, value heads, their rows in ``Rotary.head_order``;
+                overwritten.
+            rotations: Of the step.
+            batch: The step.
+            norms: Of each query head and of each key head, before the rotation.
+
+        Returns:
+            ``[T, H * D]``.
+        """
         assert self._backend is not None and self._cache is not None, "bind() comes before the first step"
+        spec, meta = self.spec, batch.metadata[self._group_index]
+        heads, kv_heads = spec.num_heads, spec.num_kv_heads
+        by_head = qkv.view(-1, heads + 2 * kv_heads, spec.head_dim)
+        q, k, v = by_head.split((heads, kv_heads, kv_heads), dim=1)
+        if self._views is not None:
+            weights = None if norms is None else (norms[0].scale, norms[1].scale, norms[0].eps)
+            norm_rotate_write(
+                qkv, heads, kv_heads, weights, rotations.table, rotations.positions, *self._views, meta.slot_mapping
+            )
+        else:
+            if norms is not None:
+                q.copy_(norms[0].forward(q))
+                k.copy_(norms[1].forward(k))
+            rotate_heads(by_head[:, : heads + kv_heads], rotations.rows())
+            self._backend.write(k, v, self._cache, meta)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self._backend.forward(q, k, v, self._cache, batch.metadata[self._group_index], out)
+        self._backend.attend(q, k, v, self._cache, meta, out)
         return out.flatten(1)

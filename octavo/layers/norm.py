@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from octavo.kernels.norm import rms_norm
+from octavo.kernels.norm import add_rms_norm, rms_norm
 from octavo.layers.context import LayerContext
 from octavo.layers.parameter import Layer, Parameter
 
@@ -14,14 +14,20 @@ class RMSNorm(Layer):
 
     def __init__(self, context: LayerContext, size: int, eps: float, *, order: Tensor | None = None) -> None:
         """Define a norm; ``order`` permutes the weight at load, as ``Linear``'s ``row_order`` does."""
-        self._weight = context.empty(0)
+        self.scale = context.empty(0)
         self._order = order
-        self._eps = eps
+        self.eps = eps
         self.weight = Parameter((size,), lambda: context.empty(size), self._finish)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., size] -> [..., size]``; ``x`` is left as it is."""
-        return rms_norm(x, self._weight, self._eps)
+        return rms_norm(x, self.scale, self.eps)
+
+    def add_forward(self, residual: Tensor, delta: Tensor | None) -> Tensor:
+        """``residual += delta`` in place, then the norm of the sum: both ``[T, size]``. Without ``delta``, the norm."""
+        if delta is None:
+            return rms_norm(residual, self.scale, self.eps)
+        return add_rms_norm(residual, delta, self.scale, self.eps)
 
     def _finish(self, weight: Tensor) -> None:
-        self._weight = weight if self._order is None else weight[self._order]
+        self.scale = weight if self._order is None else weight[self._order]

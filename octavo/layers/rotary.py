@@ -2,7 +2,8 @@
 
 Types: default; linear (position interpolation); llama3 (frequency bands, Llama 3.1); yarn (Peng et al., "YaRN", 2023);
 dynamic, whose rotations equal the default ones up to the trained length and which is therefore refused beyond it.
-The table is computed once; a step gathers its rows once, for all layers together. See ``kernels/rope.py``.
+The table is computed once. Layers get it with the positions of a step: kernels that rotate while they do something else
+read its rows themselves, others share rows that are gathered once a step. See ``kernels/rope.py``.
 """
 
 from __future__ import annotations
@@ -46,9 +47,26 @@ class Rotary:
         angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
         self._table = torch.polar(torch.full_like(angles, magnitude), angles).to(device)
 
-    def forward(self, positions: Tensor) -> Tensor:
-        """``[T]`` int64 positions to ``[T, R / 2]`` complex64 rotations."""
-        return self._table[positions]
+    def forward(self, positions: Tensor) -> Rotations:
+        """The rotations of a step whose tokens stand at ``[T]`` int64 positions."""
+        return Rotations(self._table, positions)
+
+
+class Rotations:
+    """The rotation of each token of one step, for all layers that share a table."""
+
+    def __init__(self, table: Tensor, positions: Tensor) -> None:
+        self.table = table
+        """[max_positions, R / 2] complex64."""
+        self.positions = positions
+        """[T] int64."""
+        self._rows: Tensor | None = None
+
+    def rows(self) -> Tensor:
+        """``[T, R / 2]`` complex64; gathered at the first call."""
+        if self._rows is None:
+            self._rows = self.table[self.positions]
+        return self._rows
 
 
 def rotate_heads(heads: Tensor, rotation: Tensor) -> None:

@@ -20,7 +20,7 @@ from octavo.layers.embedding import Embedding
 from octavo.layers.linear import Linear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.parameter import Layer
-from octavo.layers.rotary import Rotary, head_order, rotate_heads
+from octavo.layers.rotary import Rotary, Rotations, head_order
 from octavo.models.interface import Shard, WeightMap
 
 DECODER_WEIGHTS = WeightMap(
@@ -48,13 +48,12 @@ class DecoderOptions:
 
 
 class SelfAttention(Layer):
-    """Project, normalise heads if asked, rotate, attend, project."""
+    """Project, attend over normalised (if asked) and rotated heads, project."""
 
     def __init__(
         self, config: ModelConfig, options: DecoderOptions, context: LayerContext, index: int, rotary: Rotary
     ) -> None:
         heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
-        self._heads, self._kv_heads, self._head_dim = heads, kv_heads, size
         order = rotary.head_order
         self.qkv_proj = Linear(
             context,
@@ -64,22 +63,17 @@ class SelfAttention(Layer):
             row_order=head_order(order, rotated=heads + kv_heads, plain=kv_heads),
         )
         self.o_proj = Linear(context, heads * size, config.hidden_size, bias=options.output_bias)
-        self._has_qk_norm = options.has_qk_norm
         if options.has_qk_norm:
             self.q_norm = RMSNorm(context, size, config.rms_norm_eps, order=order)
             self.k_norm = RMSNorm(context, size, config.rms_norm_eps, order=order)
+        # After its members, whose names in the tree are those of checkpoints.
+        self._norms = (self.q_norm, self.k_norm) if options.has_qk_norm else None
         self.attention = Attention(context, heads, kv_heads, size, sliding_window=config.windows[index])
 
-    def forward(self, x: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: Tensor, rotations: Rotations, batch: ForwardBatch) -> Tensor:
         """``[T, E] -> [T, E]``."""
-        heads, kv_heads = self._heads, self._kv_heads
-        qkv = self.qkv_proj.forward(x).view(-1, heads + 2 * kv_heads, self._head_dim)
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        if self._has_qk_norm:
-            q.copy_(self.q_norm.forward(q))
-            k.copy_(self.k_norm.forward(k))
-        rotate_heads(qkv[:, : heads + kv_heads], rotation)
-        return self.o_proj.forward(self.attention.forward(q, k, v, batch))
+        qkv = self.qkv_proj.forward(x)
+        return self.o_proj.forward(self.attention.forward(qkv, rotations, batch, self._norms))
 
 
 class GatedMLP(Layer):
@@ -107,10 +101,22 @@ class DecoderLayer(Layer):
         self.post_attention_layernorm = RMSNorm(context, config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config, options, context)
 
-    def forward(self, x: Tensor, rotation: Tensor, batch: ForwardBatch) -> None:
-        """Add this layer's contributions to ``x [T, E]``, in place."""
-        x += self.self_attn.forward(self.input_layernorm.forward(x), rotation, batch)
-        x += self.mlp.forward(self.post_attention_layernorm.forward(x))
+    def forward(self, residual: Tensor, delta: Tensor | None, rotations: Rotations, batch: ForwardBatch) -> Tensor:
+        """One layer on the stream ``residual + delta``, both ``[T, E]``; what is not added yet is handed on, so that
+        each addition is one pass with the norm behind it.
+
+        Args:
+            residual: Written.
+            delta: What the layer before contributes; None for nothing.
+            rotations: Of the step.
+            batch: The step.
+
+        Returns:
+            What this layer's feed-forward contributes, not added to ``residual`` yet.
+        """
+        x = self.input_layernorm.add_forward(residual, delta)
+        x = self.post_attention_layernorm.add_forward(residual, self.self_attn.forward(x, rotations, batch))
+        return self.mlp.forward(x)
 
 
 class Decoder(Layer):
@@ -134,11 +140,12 @@ class Decoder(Layer):
 
     def forward(self, batch: ForwardBatch, hidden: Tensor | None) -> Tensor:
         """Run all layers; ``hidden`` is written when it is given."""
-        x = self.embed_tokens.forward(batch.input_ids) if hidden is None else hidden
-        rotation = self._rotary.forward(batch.positions)
+        residual = self.embed_tokens.forward(batch.input_ids) if hidden is None else hidden
+        rotations = self._rotary.forward(batch.positions)
+        delta: Tensor | None = None
         for layer in self.layers:
-            layer.forward(x, rotation, batch)
-        return self.norm.forward(x)
+            delta = layer.forward(residual, delta, rotations, batch)
+        return self.norm.add_forward(residual, delta)
 
 
 class DecoderForCausalLM(Layer):

@@ -73,7 +73,8 @@ def run_step(
     )  # fmt: skip
     meta = backend.plan(step, start, lens_tensor, table, slot_mapping)
     out = torch.full_like(q, 7.0)
-    backend.forward(q, new[:, 0], new[:, 1], cache, meta, out)
+    backend.write(new[:, 0], new[:, 1], cache, meta)
+    backend.attend(q, new[:, 0], new[:, 1], cache, meta, out)
     expected = paged_attention_ref(
         q, cache, table, start, lens_tensor, scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap
     )

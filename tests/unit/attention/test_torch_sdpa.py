@@ -96,7 +96,8 @@ def check_backend(backend, spec, work, *, scattered, padding, seed):
     v = torch.cat([*(v[past:] for v, (past, _) in zip(values, work, strict=True)), pad])
     out = torch.full_like(q, float("nan"))
     cache_before = cache.clone()
-    backend.forward(q, k, v, cache, meta, out)
+    backend.write(k, v, cache, meta)
+    backend.attend(q, k, v, cache, meta, out)
     start = 0
     for row, (_, new) in enumerate(work):
         expected = dense(queries[row], keys[row], values[row], spec)
@@ -118,7 +119,8 @@ def write(backend, num_heads, k, v, slots, cache):
     step = StepShape(count, count, 1, 1, ones, ones)
     meta = backend.plan(step, torch.arange(count + 1).int(), torch.ones(count).int(), tables, slots)
     q = torch.zeros(count, num_heads, k.shape[-1])
-    backend.forward(q, k, v, cache, meta, torch.empty_like(q))
+    backend.write(k, v, cache, meta)
+    backend.attend(q, k, v, cache, meta, torch.empty_like(q))
 
 
 @pytest.mark.parametrize("scattered", [False, True])
