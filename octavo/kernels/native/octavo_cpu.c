@@ -30,7 +30,13 @@ INLINE vec dot(vec sum, vec a, vec b) { return _mm512_dpwssd_epi32(sum, a, b); }
 #else
 INLINE vec dot(vec sum, vec a, vec b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
 #endif
-INLINE int32_t total(vec v) { return _mm512_reduce_add_epi32(v); }
+INLINE __m128i totals(vec a, vec b, vec c, vec d) {
+    const vec ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const vec cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const vec all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
 #elif defined(__AVX2__)
 #define LANES 16
 typedef __m256i vec;
@@ -38,20 +44,12 @@ INLINE vec vec_zero(void) { return _mm256_setzero_si256(); }
 INLINE vec load_weights(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
 INLINE vec load_inputs(const int16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 INLINE vec dot(vec sum, vec a, vec b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-INLINE int32_t total(vec v) {
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-    return _mm_cvtsi128_si32(s);
+INLINE __m128i totals(vec a, vec b, vec c, vec d) {
+    const vec ab = _mm256_hadd_epi32(a, b), cd = _mm256_hadd_epi32(c, d), all = _mm256_hadd_epi32(ab, cd);
+    return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
 }
 #else
 #define LANES 1
-typedef int32_t vec;
-INLINE vec vec_zero(void) { return 0; }
-INLINE vec load_weights(const int8_t *p) { return *p; }
-INLINE vec load_inputs(const int16_t *p) { return *p; }
-INLINE vec dot(vec sum, vec a, vec b) { return sum + a * b; }
-INLINE int32_t total(vec v) { return v; }
 #endif
 
 /* Weights come in panels of 4 rows, LANES columns of each row in turn, padded with zeros: [ceil(N / 4), Kp / LANES, 4,
@@ -62,26 +60,27 @@ int octavo_lanes(void) { return LANES < 16 ? 16 : LANES; }
 
 /* A panel times C input rows: sums [C, ROWS]. */
 INLINE void tile(const int8_t *w, const int16_t *x, long Kp, int32_t *sums, const int C) {
+#if LANES > 1
     vec acc[4][ROWS];
     for (int c = 0; c < C; c++)
         for (int r = 0; r < ROWS; r++) acc[c][r] = vec_zero();
-#if LANES > 1
     for (long k = 0; k < Kp; k += LANES, w += ROWS * LANES) {
         vec wide[ROWS];
         for (int r = 0; r < ROWS; r++) wide[r] = load_weights(w + r * LANES);
         for (int c = 0; c < C; c++) {
-            vec in = load_inputs(x + c * Kp + k);
+            const vec in = load_inputs(x + c * Kp + k);
             for (int r = 0; r < ROWS; r++) acc[c][r] = dot(acc[c][r], wide[r], in);
         }
     }
+    for (int c = 0; c < C; c++)
+        _mm_storeu_si128((__m128i *)(sums + c * ROWS), totals(acc[c][0], acc[c][1], acc[c][2], acc[c][3]));
 #else
+    for (int i = 0; i < C * ROWS; i++) sums[i] = 0;
     for (long k = 0; k < Kp; k += 16, w += ROWS * 16)
         for (int c = 0; c < C; c++)
             for (int r = 0; r < ROWS; r++)
-                for (int i = 0; i < 16; i++) acc[c][r] += (int32_t)w[r * 16 + i] * x[c * Kp + k + i];
+                for (int i = 0; i < 16; i++) sums[c * ROWS + r] += (int32_t)w[r * 16 + i] * x[c * Kp + k + i];
 #endif
-    for (int c = 0; c < C; c++)
-        for (int r = 0; r < ROWS; r++) sums[c * ROWS + r] = total(acc[c][r]);
 }
 
 /* C tokens of one panel; the last panel may have fewer than ROWS rows. */
@@ -89,6 +88,11 @@ INLINE void panel(const int8_t *w, const float *ws, const int16_t *x, const floa
                   long ldo, long Kp, long rows, const int C) {
     int32_t sums[4 * ROWS];
     tile(w, x, Kp, sums, C);
+    if (rows == ROWS && !bias) { /* the common case, as vector code */
+        for (int c = 0; c < C; c++)
+            for (int r = 0; r < ROWS; r++) out[c * ldo + r] = (float)sums[c * ROWS + r] * (xs[c] * ws[r]);
+        return;
+    }
     for (int c = 0; c < C; c++)
         for (long r = 0; r < rows; r++) {
             const float y = (float)sums[c * ROWS + r] * (xs[c] * ws[r]);
