@@ -4,6 +4,6 @@
 ``Hardware`` that ``config.resolve`` reads (no torch is imported for a CPU). To add a device, start at ``device.py``.
 """
 
-from octavo.device.registry import make_device, probe_hardware
+from octavo.device.registry import find_device_type, make_device, probe_hardware
 
-__all__ = ["make_device", "probe_hardware"]
+__all__ = ["find_device_type", "make_device", "probe_hardware"]

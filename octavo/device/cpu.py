@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -42,10 +44,19 @@ class CpuEvent:
         return (self.time_s - start.time_s) * 1e3
 
 
+@dataclass(frozen=True, slots=True)
+class CpuGraph:
+    """The function itself: there is no cost of launching to save."""
+
+    replay: Callable[[], None]
+
+
 class CpuDevice:
     """The host itself."""
 
     type: ClassVar[str] = "cpu"
+    is_asynchronous: ClassVar[bool] = False
+    has_graphs: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
@@ -75,9 +86,25 @@ class CpuDevice:
         """The tensor itself."""
         return host
 
+    def upload_all(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
+        """The arrays' own memory."""
+        return [torch.from_numpy(array) for array in arrays]
+
+    def write(self, target: Tensor, host: Tensor) -> None:
+        """A plain copy."""
+        target.copy_(host)
+
     def download(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
         return tensor
+
+    def capture(self, function: Callable[[], None]) -> CpuGraph:
+        """Run it once, as every device does."""
+        function()
+        return CpuGraph(function)
+
+    def free_unused(self) -> None:
+        """Nothing is held."""
 
     def memory(self) -> DeviceMemory:
         """RAM within the limit of the control group."""

@@ -106,11 +106,11 @@ class InputBatch:
             plan: Rows and token counts; its changes of rows and blocks are applied already.
             is_dry: Write no keys and values: every slot is -1. For warming up.
         """
-        layout = self._layout_of(plan)
+        layout = self.layout_of(plan)
         rows = self._rows
         first = rows.num_computed_host[layout.rows]
         lens_host = first + layout.scheduled_host
-        sampled = self._sampled_of(layout, np.flatnonzero(lens_host >= rows.num_tokens_host[layout.rows]))
+        sampled = self.sampled_of(layout, np.flatnonzero(lens_host >= rows.num_tokens_host[layout.rows]))
         lens_list = lens_host.tolist()
         shape = StepShape(
             num_tokens=len(layout.token_row),
@@ -143,7 +143,8 @@ class InputBatch:
         )
         return StepInputs(layout, sampled, batch, first, lengths)
 
-    def _layout_of(self, plan: SchedulerOutput) -> StepLayout:
+    def layout_of(self, plan: SchedulerOutput) -> StepLayout:
+        """The last one if it still holds."""
         last = self._layout
         if last is not None and last.plan_rows == plan.rows and last.plan_scheduled == plan.num_scheduled_tokens:
             return last
@@ -153,41 +154,52 @@ class InputBatch:
         np.cumsum(scheduled, out=start[1:])
         token_row = np.repeat(rows, scheduled)
         token_offset = np.arange(start[-1]) - np.repeat(start[:-1], scheduled)
+        index, counts, loc, token_rows, token_offsets, history_base, table_base = self._device.upload_all(
+            (
+                rows,
+                scheduled,
+                start.astype(np.int32),
+                token_row,
+                token_offset,
+                token_row * self._rows.width,
+                token_row * self._tables.width,
+            )
+        )
         self._layout = StepLayout(
             plan_rows=list(plan.rows),
             plan_scheduled=list(plan.num_scheduled_tokens),
             rows=rows,
             scheduled_host=scheduled,
             last_token=start[1:] - 1,
-            row_index=self._upload(rows),
-            scheduled=self._upload(scheduled),
-            query_start_loc=self._upload(start.astype(np.int32)),
-            token_row=self._upload(token_row),
-            token_offset=self._upload(token_offset),
-            history_base=self._upload(token_row * self._rows.width),
-            table_base=self._upload(token_row * self._tables.width),
+            row_index=index,
+            scheduled=counts,
+            query_start_loc=loc,
+            token_row=token_rows,
+            token_offset=token_offsets,
+            history_base=history_base,
+            table_base=table_base,
         )
         self._sampled = None
         return self._layout
 
-    def _sampled_of(self, layout: StepLayout, positions: IntArray) -> SampledSet:
-        """Valid for one layout; forgotten with it."""
+    def sampled_of(self, layout: StepLayout, positions: IntArray) -> SampledSet:
+        """The requests at these batch positions draw. Valid for one layout; forgotten with it."""
         key = positions.tobytes()
         last = self._sampled
         if last is not None and last.key == key:
             return last
-        indices = layout.last_token[positions]
+        indices, rows = layout.last_token[positions], layout.rows[positions]
+        batch_index, logits_indices, history_base = self._device.upload_all(
+            (positions, indices, rows * self._rows.width)
+        )
         self._sampled = SampledSet(
             key=key,
             positions=positions.tolist(),
-            rows=layout.rows[positions],
-            batch_index=self._upload(positions),
-            logits_indices=self._upload(indices),
-            history_base=self._upload(layout.rows[positions] * self._rows.width),
+            rows=rows,
+            batch_index=batch_index,
+            logits_indices=logits_indices,
+            history_base=history_base,
             is_every_request=len(positions) == len(layout.rows),
             is_every_token=len(indices) == len(layout.token_row),
         )
         return self._sampled
-
-    def _upload(self, array: np.ndarray) -> Tensor:
-        return self._device.upload(torch.from_numpy(array))

@@ -25,13 +25,15 @@ class RequestRows:
         num_tokens_host: Known tokens, on the host, counting tokens that a step in flight will draw.
         num_computed_host: ``num_computed`` on the host, counting steps in flight.
         num_prompt_host: Prompt tokens.
+        dummy_row: One row more than there are requests: what fills a batch up points here. Nothing is written to it.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, device: Device) -> None:
         self._device = device
         self.width = max_model_len + 1
-        self.token_ids = device.zeros((max_num_seqs, self.width), torch.int32)
-        self.num_computed = device.zeros((max_num_seqs,), torch.int64)
+        self.dummy_row = max_num_seqs
+        self.token_ids = device.zeros((max_num_seqs + 1, self.width), torch.int32)
+        self.num_computed = device.zeros((max_num_seqs + 1,), torch.int64)
         self.num_tokens_host = np.zeros(max_num_seqs, np.int64)
         self.num_computed_host = np.zeros(max_num_seqs, np.int64)
         self.num_prompt_host = np.zeros(max_num_seqs, np.int64)
@@ -40,13 +42,13 @@ class RequestRows:
         """Requests take their rows."""
         for new in new_rows:
             tokens = torch.from_numpy(np.array(new.token_ids, np.int32))
-            self.token_ids[new.row, : len(tokens)].copy_(tokens, non_blocking=True)
+            self._device.write(self.token_ids[new.row, : len(tokens)], tokens)
         rows = np.array([new.row for new in new_rows], np.int64)
         self.num_tokens_host[rows] = [len(new.token_ids) for new in new_rows]
         self.num_computed_host[rows] = [new.num_computed_tokens for new in new_rows]
         self.num_prompt_host[rows] = [new.num_prompt_tokens for new in new_rows]
-        index = self._upload(rows)
-        self.num_computed.index_copy_(0, index, self._upload(self.num_computed_host[rows]))
+        index, computed = self._device.upload_all((rows, self.num_computed_host[rows]))
+        self.num_computed.index_copy_(0, index, computed)
 
     def advance(
         self, rows: NDArray[np.int64], row_index: Tensor, scheduled_host: NDArray[np.int64], scheduled: Tensor
@@ -64,6 +66,3 @@ class RequestRows:
             tokens: ``[L]`` int64; -1 (nothing could be drawn) is written as 0, the request is about to end.
         """
         self.token_ids.view(-1).index_copy_(0, history_base + length, tokens.clamp(min=0).int())
-
-    def _upload(self, array: NDArray[np.int64]) -> Tensor:
-        return self._device.upload(torch.from_numpy(array))

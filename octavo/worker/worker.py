@@ -42,7 +42,7 @@ from octavo.worker.request_rows import RequestRows
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP_TOKENS = (1, 64)
+_WARM_UP_TOKENS = (1, 8)
 """Lengths run once before the first request: operators choose and prepare their kernels by shape."""
 
 

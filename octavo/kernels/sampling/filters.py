@@ -93,8 +93,8 @@ def draw_narrow_ref(logits_LV: Tensor, filters: FilterColumns, uniform_L: Tensor
         if bool(is_open.any()):
             whole = (logits_LV - best).exp_().sum(dim=1, keepdim=True, dtype=torch.float64)
             total = torch.where(is_open, whole, total)
-        threshold, is_found = _cut_at_share(ranked, weights, threshold, top_p, total)
-        is_closed |= is_open & is_found & (threshold > last)
+        threshold = _cut_at_share(ranked, weights, threshold, top_p, total)
+        is_closed |= is_open & (threshold > last)
         weights = torch.where(ranked >= threshold, weights, 0.0)
     # In the order of token ids, as draw_ref has it: which token a number means must not depend on the way it was found.
     order = tokens.argsort(dim=1)
@@ -106,13 +106,13 @@ def draw_narrow_ref(logits_LV: Tensor, filters: FilterColumns, uniform_L: Tensor
 
 def _cut_at_share(
     ranked_LK: Tensor, weights_LK: Tensor, threshold_L1: Tensor, top_p_L1: Tensor, total_L1: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The threshold raised to the first candidate at which the share is reached, and whether one does."""
+) -> Tensor:
+    """The threshold, raised to the first candidate at which the share is reached where there is one."""
     is_reached = weights_LK.cumsum(dim=1) >= top_p_L1 * total_L1
     is_found = is_reached.any(dim=1, keepdim=True) & (top_p_L1 < 1)
     first = is_reached.to(torch.uint8).argmax(dim=1, keepdim=True)
     raised = torch.maximum(ranked_LK.gather(1, first), threshold_L1)
-    return torch.where(is_found, raised, threshold_L1), is_found
+    return torch.where(is_found, raised, threshold_L1)
 
 
 def kept_threshold_ref(logits_LV: Tensor, filters: FilterColumns) -> Tensor:

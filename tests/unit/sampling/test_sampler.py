@@ -200,6 +200,28 @@ def test_thinking_ends_when_its_budget_is_spent(prompt: list[int], budget: int, 
     assert (text.index(8) if 8 in text else None) == expected_end
 
 
+@pytest.mark.parametrize(
+    ("output", "is_banned"),
+    [([4, 5], True), ([1, 4, 5], True), ([5], False), ([4], False), ([4, 5, 1], False), ([], False)],
+)
+def test_a_word_of_several_tokens_is_stopped_at_its_last(output: list[int], is_banned: bool) -> None:
+    # The prompt ends in the word's first tokens: what the user wrote is not the model's word.
+    bench = Bench(12)
+    bench.add(0, sampling(bad_words_token_ids=[[4, 5, 6], [9, 9, 9, 9, 9, 9], [2, 7]]), [4, 5, 4], output)
+    logits = torch.zeros(1, 12)
+    logits[0, 6], logits[0, 3] = 5, 4
+    assert bench.sample(logits, [0]).token_ids.tolist() == [3 if is_banned else 6]
+
+
+def test_a_word_begun_in_the_prompt_is_not_stopped() -> None:
+    bench = Bench(12)
+    bench.add(0, sampling(bad_words_token_ids=[[4, 5, 6]]), [4, 5])
+    bench.add(1, sampling(bad_words_token_ids=[[4, 5, 6]]), [4], [5])
+    logits = torch.zeros(2, 12)
+    logits[:, 6] = 5
+    assert bench.sample(logits, [0, 1]).token_ids.tolist() == [6, 6]
+
+
 def test_grammar_bits_rule_tokens_out() -> None:
     vocab = 70
     bench = Bench(vocab)

@@ -85,6 +85,18 @@ def test_a_chunk_that_does_not_reach_the_last_token_draws_nothing() -> None:
     assert engine.step({1: 1, 0: 2}).token_ids[1] == [next_token([1, 2, 3, 4, 5])]
 
 
+def test_the_drawing_rows_may_change_while_rows_and_counts_stay() -> None:
+    # Both steps run one token of rows 0 and 1. In the first row 0 draws and row 1 is inside its prompt; then row 0 is
+    # given to a new prompt while row 1 reaches its end.
+    engine = LittleEngine()
+    engine.add(0, [1, 2], params(), computed=1)
+    engine.add(1, [3, 4], params())
+    assert engine.step({0: 1, 1: 1}).token_ids == [[next_token([1, 2])], []]
+    engine.remove(0)
+    engine.add(0, [5, 6], params())
+    assert engine.step({0: 1, 1: 1}).token_ids == [[], [next_token([3, 4])]]
+
+
 @pytest.mark.parametrize("fields", [{"temperature": 1.5}, {"temperature": 1.5, "top_k": 20, "presence_penalty": 0.5}])
 def test_a_seeded_text_is_the_same_alone_in_a_batch_chunked_and_preempted(fields: dict[str, object]) -> None:
     prompt = list(range(40))
