@@ -103,10 +103,9 @@ def check_backend(backend, spec, work, *, scattered, padding, seed):
         expected = dense(queries[row], keys[row], values[row], spec)
         torch.testing.assert_close(out[start : start + new], expected, atol=2e-5, rtol=1e-4)
         start += new
-    flat, before = cache.flatten(0, 1), cache_before.flatten(0, 1)
-    untouched = torch.ones(len(flat), dtype=torch.bool)
-    untouched[torch.cat(slots)] = False
-    torch.testing.assert_close(flat[untouched], before[untouched], equal_nan=True)
+    # New slots were NaN: exactly their values have changed, nothing else.
+    is_same = (cache == cache_before) | (cache.isnan() & cache_before.isnan())
+    assert int((~is_same).sum()) == sum(new_tokens) * 2 * spec.num_kv_heads * spec.head_dim
 
 
 def write(backend, num_heads, k, v, slots, cache):
@@ -115,7 +114,7 @@ def write(backend, num_heads, k, v, slots, cache):
     if not count:
         return
     ones = (1,) * count
-    tables = (slots // backend.kv_shape(1)[1]).int()[:, None]
+    tables = (slots // SPEC.block_size).int()[:, None]
     step = StepShape(count, count, 1, 1, ones, ones)
     meta = backend.plan(step, torch.arange(count + 1).int(), torch.ones(count).int(), tables, slots)
     q = torch.zeros(count, num_heads, k.shape[-1])
