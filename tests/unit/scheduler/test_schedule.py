@@ -162,3 +162,16 @@ def test_the_plan_does_not_share_the_token_list_that_goes_on_growing() -> None:
     assert plan is not None
     driver.apply()
     assert plan.new_rows[0].token_ids == prompt == [1, 2, 3]
+
+
+def test_nobody_is_preempted_for_a_request_behind_it() -> None:
+    """Red when one that waits for its last token loses its blocks to a later request."""
+    driver = Driver(num_blocks=1 + 4, prefix_caching=False)
+    driver.add("first", 7, max_tokens=1)
+    driver.add("second", 7, max_tokens=5)
+    driver.plan()  # the last token of first is in flight
+    driver.plan()  # second decodes
+    assert driver.plan() is None, "second needs a block and has to wait for first to end"
+    driver.finish()
+    assert driver.scheduler.snapshot().num_preemptions == 0
+    assert len(driver.tokens("second")) == 5
