@@ -20,7 +20,7 @@ class ProcessorContext:
     """Rows are numbered from 0 to below this."""
     device: torch.device
     token_ids: Tensor
-    """``[max_num_seqs, max_model_len]`` int32 on the device: prompt and output of each row. Read only."""
+    """``[max_num_seqs, max_model_len + 1]`` int32 on the device: prompt and output of each row. Read only."""
     num_tokens: Tensor
     """``[max_num_seqs]`` int64 on the device: known tokens of each row that draws in this step, while ``apply`` runs.
     Written by the sampler, only where there are processors."""
