@@ -1,5 +1,7 @@
 """``octavo bench latency`` and ``octavo bench throughput``: how fast the engine is on this machine, as JSON.
 
+``octavo bench workloads`` is in ``bench_workloads.py``.
+
 Prompts are random token ids from a seed, and answers run to their full length, so that two runs do the same work.
 Prefix caching is off unless asked for: repeated prompts would otherwise cost nothing. Time is measured from here, with
 the engine in this process and without HTTP.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import json
 import math
 import random
@@ -37,6 +40,13 @@ KINDS: Mapping[str, str] = {
     "latency": "Time of one batch from start to end, again and again.",
     "throughput": "Requests and tokens per second with everything submitted at once.",
 }
+OTHER_KINDS: Mapping[str, tuple[str, str]] = {
+    "workloads": (
+        "octavo.cli.bench_workloads:main",
+        "Fixed workloads on dummy weights, beside what the device could do.",
+    ),
+}
+"""Measurements with flags of their own: where they are, and what they do."""
 ABSENT: Mapping[str, str] = {
     "serve": "it measures the HTTP server, which is not part of this version yet",
     "startup": "the start-up time is in the report of latency and throughput (startup_s)",
@@ -47,12 +57,16 @@ ABSENT: Mapping[str, str] = {
 def main(argv: Sequence[str], make_session: MakeSession | None = None) -> int:
     """Run the command; returns the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  {kind:<11} {summary}" for kind, summary in KINDS.items()]
-        sys.stdout.write("\n".join(["usage: octavo bench {latency,throughput} [flags]", "", *lines, ""]))
+        summaries = {**KINDS, **{kind: summary for kind, (_, summary) in OTHER_KINDS.items()}}
+        lines = [f"  {kind:<11} {summary}" for kind, summary in summaries.items()]
+        sys.stdout.write("\n".join([f"usage: octavo bench {{{','.join(summaries)}}} [flags]", "", *lines, ""]))
         return 0 if argv else EXIT_USAGE
     kind = argv[0]
+    if kind in OTHER_KINDS:
+        module, _, function = OTHER_KINDS[kind][0].partition(":")
+        return int(getattr(importlib.import_module(module), function)(argv[1:]))
     if kind not in KINDS:
-        why = ABSENT.get(kind, f"there is no such measurement.{did_you_mean(kind, KINDS)}")
+        why = ABSENT.get(kind, f"there is no such measurement.{did_you_mean(kind, [*KINDS, *OTHER_KINDS])}")
         sys.stderr.write(f"octavo bench {kind}: {why}\nSee octavo bench --help.\n")
         return EXIT_USAGE
     parser = make_parser(kind)

@@ -1,0 +1,165 @@
+"""The workloads W1 to W6 as token ids and output lengths, and the two model shapes that they run on.
+
+Every engine that is compared runs these very lists: seeds, draws and their order never change (a test holds digests).
+Knows no engine, and no torch. ``bench_workloads.py`` runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+_TOP_ID = 10_000
+"""Token ids are drawn from 0 to this, both included."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests that are submitted at once. The end-of-sequence token is ignored."""
+
+    name: str
+    model: str
+    prompts: list[list[int]]
+    output_lens: list[int]
+    temperature: float
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(self.output_lens)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest request, prompt and answer together."""
+        return max(len(prompt) + output for prompt, output in zip(self.prompts, self.output_lens, strict=True))
+
+
+def _ids(draw: random.Random, length: int) -> list[int]:
+    return [draw.randint(0, _TOP_ID) for _ in range(length)]
+
+
+def _w1() -> Workload:
+    draw = random.Random(0)
+    prompts = [_ids(draw, draw.randint(100, 1024)) for _ in range(256)]
+    return Workload("W1", "m1", prompts, [draw.randint(100, 1024) for _ in range(256)], 0.6)
+
+
+def _w2() -> Workload:
+    draw = random.Random(0)
+    prompts = [_ids(draw, 1024) for _ in range(1000)]
+    return Workload("W2", "m2", prompts, [draw.randint(128, 384) for _ in range(1000)], 0.6)
+
+
+def _w3() -> Workload:
+    return Workload("W3", "m2", [_ids(random.Random(0), 128)], [256], 0.0)
+
+
+def _w4() -> Workload:
+    return replace(_w3(), name="W4", model="m1")
+
+
+def _w5() -> Workload:
+    draw = random.Random(0)
+    return Workload("W5", "m2", [_ids(draw, 8192) for _ in range(64)], [1] * 64, 0.6)
+
+
+def _w6() -> Workload:
+    draw = random.Random(0)
+    return Workload("W6", "m2", [_ids(draw, 512) for _ in range(256)], [512] * 256, 0.6)
+
+
+def _w6_prefill() -> Workload:
+    """What W6 spends before its second tokens."""
+    workload = _w6()
+    return replace(workload, name="W6-prefill", output_lens=[1] * len(workload.prompts))
+
+
+WORKLOADS: Mapping[str, Callable[[], Workload]] = {
+    "W4": _w4,
+    "W1": _w1,
+    "W3": _w3,
+    "W6": _w6,
+    "W6-prefill": _w6_prefill,
+    "W5": _w5,
+    "W2": _w2,
+}
+"""By name, in the order in which a run with little time takes them: the small model first, then by what a second tells
+about an engine."""
+DESCRIPTIONS: Mapping[str, str] = {
+    "W1": "256 requests, prompt and answer uniform in 100..1024",
+    "W2": "1000 requests, prompt 1024, answer uniform in 128..384",
+    "W3": "batch 1, prompt 128, answer 256, greedy",
+    "W4": "batch 1, prompt 128, answer 256, greedy",
+    "W5": "prefill only: 64 prompts of 8192",
+    "W6": "256 requests, prompt 512, answer 512",
+    "W6-prefill": "256 prompts of 512, one token each",
+}
+
+
+def make_workload(name: str, scale: str = "full") -> Workload:
+    """One of WORKLOADS; at scale ``tiny`` a few requests with an eighth of the tokens, to try out the machinery."""
+    workload = WORKLOADS[name]()
+    if scale == "full":
+        return workload
+    count = min(len(workload.prompts), 6)
+    return replace(
+        workload,
+        prompts=[prompt[: max(2, len(prompt) // 32)] for prompt in workload.prompts[:count]],
+        output_lens=[length if length == 1 else max(2, length // 32) for length in workload.output_lens[:count]],
+    )
+
+
+M1: Mapping[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+    "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+    "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+"""The shape of Qwen3-0.6B."""
+M2: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+    "eos_token_id": 128001, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "vocab_size": 128256,
+}  # fmt: skip
+"""The shape of Llama-3.1-8B."""
+MODELS: Mapping[str, Mapping[str, Any]] = {"m1": M1, "m2": M2}
+MAX_MODEL_LENS: Mapping[str, int] = {"m1": 4096, "m2": 8448}
+"""Context of the engine, as in the runs of the peers."""
+_TINY: Mapping[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 10_240, "bos_token_id": 1, "eos_token_id": 2,
+    "max_window_layers": 2,
+}  # fmt: skip
+
+
+def model_config(name: str, scale: str = "full") -> dict[str, Any]:
+    """The ``config.json`` of a model shape."""
+    config = dict(MODELS[name])
+    return config if scale == "full" else {**config, **{key: _TINY[key] for key in _TINY if key in config}}
+
+
+def write_model(folder: Path, name: str, scale: str = "full") -> Path:
+    """A folder that says the shape and nothing else: weights are random, prompts are token ids. Returns it."""
+    path = folder / name
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(model_config(name, scale), indent=1), encoding="utf-8")
+    (path / "generation_config.json").write_text("{}", encoding="utf-8")
+    return path
