@@ -53,8 +53,12 @@ def add_rms_norm_ref(residual: Tensor, delta: Tensor, weight: Tensor, eps: float
 
 
 def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As ``add_rms_norm_ref``: in one launch on a GPU."""
+    """As ``add_rms_norm_ref``: in one pass by a compiled kernel where one applies."""
     if residual.is_cuda:
         return gpu_kernels("norm").add_rms_norm(residual, delta, weight, eps)
+    if residual.dtype is torch.float32 and residual.is_contiguous() and delta.is_contiguous():
+        native = native_kernels()
+        if native is not None and residual.device.type == "cpu":
+            return native.add_rms_norm(residual, delta, weight, eps)
     residual += delta
     return rms_norm(residual, weight, eps)

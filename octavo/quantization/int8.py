@@ -16,6 +16,8 @@ from torch import Tensor
 from octavo.kernels.native import NativeKernels, native_kernels
 from octavo.quantization.method import LinearShape
 
+_ROWS_AT_ONCE = 1024
+
 
 class Int8:
     """W8A16 by the compiled kernel, else W8A8 by oneDNN."""
@@ -52,8 +54,15 @@ class Int8:
 
 def quantize_weight(weight: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """``[N, K]`` to int8 in ``[-limit, limit]`` and float32 scales ``[N]``, so that ``weight = int8 * scale``."""
-    scale = weight.abs().amax(dim=1).float().clamp_min_(1e-30) / limit
-    return (weight / scale[:, None]).round_().to(torch.int8), scale
+    rounded = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight))
+    # In pieces: the float32 copies of a whole output head would be the peak of the process's memory.
+    for first in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = weight[first : first + _ROWS_AT_ONCE].float()
+        scale = rows.abs().amax(dim=1).clamp_min_(1e-30) / limit
+        rounded[first : first + _ROWS_AT_ONCE] = (rows / scale[:, None]).round_()
+        scales[first : first + _ROWS_AT_ONCE] = scale
+    return rounded, scales
 
 
 def linear_int8_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ _PANEL_ROWS = 4
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _SIGNATURES = {
     "octavo_linear_int8": (_P, _L, _P, _P, _P, _P, _L, _L, _L, _P),
-    "octavo_rms_norm": (_P, _P, _F, _P, _L, _L),
+    "octavo_rms_norm": (_P, _P, _P, _F, _P, _L, _L),
     "octavo_silu_and_mul": (_P, _P, _L, _L),
     "octavo_rotate": (_P, _L, _P, _L, _L, _L, _L),
     "octavo_decode_attention": (
@@ -74,7 +74,13 @@ class NativeKernels:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As ``kernels.norm.rms_norm_ref`` for contiguous ``[T, K]``."""
         out = torch.empty_like(x)
-        self._rms_norm(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), x.shape[0], x.shape[1])
+        self._rms_norm(x.data_ptr(), None, weight.data_ptr(), eps, out.data_ptr(), *x.shape)
+        return out
+
+    def add_rms_norm(self, residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As ``kernels.norm.add_rms_norm_ref`` for contiguous ``[T, K]``."""
+        out = torch.empty_like(residual)
+        self._rms_norm(residual.data_ptr(), delta.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), *residual.shape)
         return out
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:

@@ -150,11 +150,13 @@ void octavo_linear_int8(const float *x, long ldx, const int8_t *w, const float *
 
 /* ---- norm, activation, rotation: one pass each ----------------------------------------------------------------- */
 
-/* out [T, K] = x / sqrt(mean(x^2) + eps) * weight; both contiguous. */
-void octavo_rms_norm(const float *x, const float *weight, float eps, float *out, long T, long K) {
+/* x += delta unless delta is null, then out [T, K] = x / sqrt(mean(x^2) + eps) * weight; all contiguous. */
+void octavo_rms_norm(float *x, const float *delta, const float *weight, float eps, float *out, long T, long K) {
 #pragma omp parallel for schedule(static) if (T * K > 32768)
     for (long t = 0; t < T; t++) {
-        const float *row = x + t * K;
+        float *restrict row = x + t * K;
+        if (delta)
+            for (long k = 0; k < K; k++) row[k] += delta[t * K + k];
         float squares = 0.f;
         for (long k = 0; k < K; k++) squares += row[k] * row[k];
         const float scale = 1.f / sqrtf(squares / (float)K + eps);

@@ -12,7 +12,7 @@ import torch
 from octavo.kernels.activation import gelu_tanh_and_mul, gelu_tanh_and_mul_ref, silu_and_mul, silu_and_mul_ref
 from octavo.kernels.native import native_kernels, native_status
 from octavo.kernels.native.build import load_library
-from octavo.kernels.norm import rms_norm, rms_norm_ref
+from octavo.kernels.norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from octavo.kernels.rope import interleave_order, rotate, rotate_ref
 from octavo.quantization.int8 import linear_int8_ref, quantize_weight
 
@@ -62,6 +62,11 @@ def test_linear_int8_never_overflows():
 def test_rms_norm(shape):
     x, weight = torch.randn(shape), torch.randn(shape[1])
     torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm_ref(x, weight, 1e-5))
+    residual, delta = torch.randn(shape), torch.randn(shape)
+    residual_ref = residual.clone()
+    expected = add_rms_norm_ref(residual_ref, delta, weight, 1e-5)
+    torch.testing.assert_close(add_rms_norm(residual, delta, weight, 1e-5), expected)
+    torch.testing.assert_close(residual, residual_ref)
     heads = torch.randn(5, 6, 32)[:, 1:4]  # not contiguous, as the heads of a fused projection
     torch.testing.assert_close(rms_norm(heads, torch.ones(32), 1e-6), rms_norm_ref(heads, torch.ones(32), 1e-6))
 
