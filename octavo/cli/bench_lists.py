@@ -6,6 +6,7 @@ Knows no engine, and no torch. ``bench_workloads.py`` runs them.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable, Mapping
@@ -103,6 +104,13 @@ DESCRIPTIONS: Mapping[str, str] = {
 }
 
 
+MODEL_OF: Mapping[str, str] = {
+    "W1": "m1", "W2": "m2", "W3": "m2", "W4": "m1", "W5": "m2", "W6": "m2", "W6-prefill": "m2",
+}  # fmt: skip
+"""Known without making the lists, which takes up to a second."""
+
+
+@functools.cache
 def make_workload(name: str, scale: str = "full") -> Workload:
     """One of WORKLOADS; at scale ``tiny`` a few requests with an eighth of the tokens, to try out the machinery."""
     workload = WORKLOADS[name]()

@@ -6,6 +6,7 @@ steps. Each is timed without the profiler first; then torch's profiler writes a 
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import sys
 import time
@@ -114,6 +115,7 @@ def main(argv: Sequence[str]) -> int:
             results.append({**common, **head, "error": traceback.format_exc()})
             return 0
     frontend.client.close()
+    faulthandler.cancel_dump_traceback_later()
     return 0
 
 

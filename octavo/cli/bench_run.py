@@ -99,6 +99,7 @@ def main(argv: Sequence[str]) -> int:
             results.append({**row, "model": task.model, "error": traceback.format_exc()})
             return EXIT_FAILED
     bench.llm.close()
+    faulthandler.cancel_dump_traceback_later()
     return 0
 
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import argparse
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 import msgspec
 
-from octavo.cli.bench_lists import DESCRIPTIONS, MAX_MODEL_LENS, WORKLOADS, make_workload, write_model
+from octavo.cli.bench_lists import DESCRIPTIONS, MAX_MODEL_LENS, MODEL_OF, WORKLOADS, write_model
 from octavo.cli.bench_rows import ResultFile
 from octavo.cli.bench_run import Task
 from octavo.cli.common import add_output_flags, set_up, tell
@@ -129,7 +129,7 @@ class Orchestrator:
                 f"output_dir is {str(self._folder)!r}, which holds results already: give another", param="output_dir"
             )
         self._results.append(_environment(argv))
-        models = dict.fromkeys(make_workload(name, "tiny").model for name in self._names)
+        models = dict.fromkeys(MODEL_OF[name] for name in self._names)
         if not self._options.profile_only:
             for model in models:
                 self._run_model(model)
@@ -142,7 +142,7 @@ class Orchestrator:
         return 1 if any("error" in row for row in rows) else 0
 
     def _run_model(self, model: str) -> None:
-        names = [name for name in self._names if make_workload(name, "tiny").model == model]
+        names = [name for name in self._names if MODEL_OF[name] == model]
         runs: list[Run] = [
             (name, number + 1)
             for number in range(self._options.repeats)
@@ -203,10 +203,10 @@ class Orchestrator:
             run_limit_s=self._options.run_limit, start_number=self._num_starts,
         )  # fmt: skip
         with log_path.open("wb") as log:
-            child = subprocess.Popen([sys.executable, "-m", module, msgspec.json.encode(task).decode()], stderr=log)
+            child = Popen([sys.executable, "-m", module, msgspec.json.encode(task).decode()], stderr=log)
             try:
                 child.wait(max(0.0, self._deadline_s - time.monotonic()) + _GRACE_S)
-            except subprocess.TimeoutExpired:
+            except TimeoutExpired:
                 how = "it hung and was killed"
                 child.send_signal(signal.SIGUSR1)  # all its stacks go to the log
                 time.sleep(1)

@@ -7,17 +7,19 @@ failing or dying engine process loses the runs after it.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from octavo.cli import bench_workloads
 from octavo.cli.bench_limits import Ceilings, ModelSize, limit_of_decode_step, limit_of_run
-from octavo.cli.bench_lists import WORKLOADS, make_workload, model_config, write_model
+from octavo.cli.bench_lists import MAX_MODEL_LENS, MODEL_OF, WORKLOADS, make_workload, model_config, write_model
 from octavo.cli.bench_rows import ResultFile
 from octavo.cli.bench_workloads import main, summarise_rows, workload_names
 from octavo.errors import ConfigError
@@ -38,8 +40,10 @@ def test_the_lists_are_those_of_every_published_result(name: str) -> None:
 
 
 def test_every_workload_is_known_and_fits_its_engine() -> None:
-    assert set(WORKLOADS) == set(DIGESTS)
+    assert set(WORKLOADS) == set(DIGESTS) == set(MODEL_OF)
     for name in WORKLOADS:
+        assert make_workload(name).model == MODEL_OF[name]
+        assert make_workload(name).max_len <= MAX_MODEL_LENS[MODEL_OF[name]]
         assert make_workload(name, "tiny").max_len < 1024
         assert len(make_workload(name, "tiny").prompts) <= 6
 
@@ -99,12 +103,11 @@ def fake_children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Engine processes that follow CHILD."""
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    real = subprocess.Popen
 
     def start(command: list[str], **options: Any) -> Any:
-        return real([sys.executable, str(script), command[-1]], **options)
+        return subprocess.Popen([sys.executable, str(script), command[-1]], **options)
 
-    monkeypatch.setattr(bench_workloads.subprocess, "Popen", start)
+    monkeypatch.setattr(bench_workloads, "Popen", start)
     return tmp_path / "out"
 
 
@@ -157,15 +160,21 @@ def test_the_summary_says_speed_and_share_of_the_limit() -> None:
     ]
 
 
-def test_the_whole_machinery_on_a_tiny_model(tmp_path: Path) -> None:
-    """Real engine processes: red when the engine, its settings or the rows no longer fit together."""
+def test_the_whole_machinery_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real engine, in this process instead of children: red when engine, settings and rows do not fit."""
+
+    def call(command: list[str], **_: Any) -> Any:
+        status = importlib.import_module(command[2]).main(command[3:])
+        return SimpleNamespace(wait=lambda _: status, poll=lambda: status, returncode=status)
+
+    monkeypatch.setattr(bench_workloads, "Popen", call)
     out = tmp_path / "out"
     argv = ["--scale", "tiny", "--workloads", "W4", "--repeats", "1", "--profile", "--output-dir", str(out)]
-    assert main([*argv, "--time-limit", "300"]) == 0
+    assert main([*argv, "--num-threads", "1"]) == 0
     rows = {row["workload"]: row for row in ResultFile(out / "results.jsonl").read()}
     assert set(rows) == {"environment", "start", "ceilings", "W4", "prefill-step", "decode-step"}
     assert rows["start"]["start_to_first_token_s"] > rows["start"]["engine_start_s"] > 0
     assert rows["W4"]["ms_per_token"] > 0
-    assert 0 < rows["W4"]["limit_ratio"]
+    assert rows["W4"]["limit_ratio"] > 0
     table = (out / "profile-m1-decode-1.txt").read_text()
     assert "aten::mm" in table
