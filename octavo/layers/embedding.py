@@ -1,8 +1,8 @@
 """Token embedding, and the output head when a model ties the two.
 
 A tied table arrives once from the checkpoint and serves twice: rows are gathered from it, and the head multiplies by
-it. What the head's product looks like is the QuantizationMethod's affair. Beside quantised weights a float32 table would
-be the largest part of a small model, so it is then kept in float16: 11 bits a value, against the 8 of the weights.
+it. What the head's product looks like is the QuantizationMethod's affair. Beside quantised weights a float32 table
+would be the largest part of a small model, so it is kept in float16: 11 bits a value, against the 8 of the weights.
 """
 
 from __future__ import annotations

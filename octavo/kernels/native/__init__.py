@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.kernels.native.build import load_library
 
-SPAN_KEYS = 256
+SPAN_KEYS = 64
 """Keys of one attention task: ``SPAN`` in octavo_cpu.c."""
 _PANEL_ROWS = 4
 
@@ -113,7 +113,7 @@ class NativeKernels:
             out: ``[T, H, D]``; only planned rows are written.
         """
         heads, size = q.shape[1], q.shape[2]
-        scratch = self._borrow(plan.num_tasks * heads * (size + 2) * 4)
+        scratch = self._borrow((plan.num_tasks * (size + 2) + torch.get_num_threads() * SPAN_KEYS) * heads * 4)
         self._decode_attention(
             q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), cache.data_ptr(), *plan.pointers, len(plan.lens),
             plan.num_tasks, heads, cache.shape[3], size, cache.shape[1], scale, scratch,
