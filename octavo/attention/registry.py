@@ -10,7 +10,7 @@ from octavo.attention.backend import AttentionBackend, AttentionSpec
 from octavo.errors import ConfigError
 from octavo.utils.registry import Registry
 
-_NO_GPU_BACKEND = "it needs a GPU, and this version computes attention on the CPU only"
+_NOT_YET = "it is not implemented in this version; on a GPU use TRITON_ATTN"
 
 BACKENDS = Registry(
     "attention backend",
@@ -19,12 +19,12 @@ BACKENDS = Registry(
     {
         "CPU_PAGED": "octavo.attention.cpu_paged:CpuPagedBackend",
         "TORCH_SDPA": "octavo.attention.torch_sdpa:TorchSdpaBackend",
+        "TRITON_ATTN": "octavo.attention.triton:TritonBackend",
     },
-    aliases={"CPU_ATTN": "CPU_PAGED", "SDPA": "TORCH_SDPA", "TORCH": "TORCH_SDPA", "TORCH_NATIVE": "TORCH_SDPA"},
+    aliases={"TRITON": "TRITON_ATTN", "CPU_ATTN": "CPU_PAGED", "SDPA": "TORCH_SDPA", "TORCH": "TORCH_SDPA", "TORCH_NATIVE": "TORCH_SDPA"},
     absent={
-        "FLASH_ATTN": _NO_GPU_BACKEND,
-        "TRITON_ATTN": _NO_GPU_BACKEND,
-        "FLASHINFER": _NO_GPU_BACKEND,
+        "FLASH_ATTN": _NOT_YET,
+        "FLASHINFER": _NOT_YET,
         "FLEX_ATTENTION": "it is not implemented in this version",
         "XFORMERS": "it is not implemented in this version; TORCH_SDPA uses the same algorithm",
     },
@@ -54,10 +54,12 @@ def choose_backend(requested: str, spec: AttentionSpec, device_type: str) -> tup
             f"attention backend {backend.name} cannot be used: {reason}. Others: {_describe(others)}.",
             param="attention_backend",
         )
+    names = BACKENDS.names()
+    for name in names:  # one after the other: importing a backend for another device takes time
+        found, reason = _candidate(name, spec, device_type)
+        if reason is None and found is not None:
+            return found, f"the first of {', '.join(names)} that serves this model on {device_type}"
     candidates = _candidates(spec, device_type)
-    for backend, reason in candidates.values():
-        if reason is None and backend is not None:
-            return backend, f"the first of {', '.join(candidates)} that serves this model on {device_type}"
     raise ConfigError(
         f"no attention backend serves this model on {device_type}: {_describe(candidates)}", param="attention_backend"
     )
@@ -67,17 +69,15 @@ def _candidates(
     spec: AttentionSpec, device_type: str, except_for: str = ""
 ) -> dict[str, tuple[type[AttentionBackend] | None, str | None]]:
     """Name to class (None if it does not import) and the reason against it (None if it fits)."""
-    found: dict[str, tuple[type[AttentionBackend] | None, str | None]] = {}
-    for name in BACKENDS.names():
-        if name == except_for:
-            continue
-        try:
-            backend: type[AttentionBackend] = BACKENDS.load(name)
-        except ConfigError as error:
-            found[name] = (None, error.message)
-        else:
-            found[name] = (backend, backend.unsupported(spec, device_type))
-    return found
+    return {name: _candidate(name, spec, device_type) for name in BACKENDS.names() if name != except_for}
+
+
+def _candidate(name: str, spec: AttentionSpec, device_type: str) -> tuple[type[AttentionBackend] | None, str | None]:
+    try:
+        backend: type[AttentionBackend] = BACKENDS.load(name)
+    except ConfigError as error:
+        return None, error.message
+    return backend, backend.unsupported(spec, device_type)
 
 
 def _describe(candidates: dict[str, tuple[type[AttentionBackend] | None, str | None]]) -> str:

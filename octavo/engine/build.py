@@ -18,7 +18,7 @@ from octavo.checkpoint.locate import locate_model, locate_tokenizer
 from octavo.config.args import EngineArgs
 from octavo.config.engine import Decision, EngineConfig
 from octavo.config.resolve import KVCacheSize, resolve, size_kv_cache
-from octavo.device.registry import probe_hardware
+from octavo.device.registry import find_device_type, probe_hardware
 from octavo.engine.core import EngineCore
 from octavo.executor.executor import Executor, MemoryReport
 from octavo.executor.registry import make_executor
@@ -111,7 +111,7 @@ def _resolve(args: EngineArgs) -> tuple[EngineConfig, list[Decision]]:
     if args.tokenizer is not None:
         args = replace(args, tokenizer=locate_tokenizer(args.tokenizer, download_dir=args.download_dir))
     model = read_model_config(located, args.hf_overrides)
-    hardware = probe_hardware("cpu" if args.device == "auto" else args.device)
+    hardware = probe_hardware(find_device_type() if args.device == "auto" else args.device)
     return resolve(args, located, model, hardware)
 
 

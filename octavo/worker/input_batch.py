@@ -64,6 +64,8 @@ class SampledSet:
     """[L] on the host."""
     batch_index: Tensor
     """[L] int64, the same as ``positions``."""
+    row_index: Tensor
+    """[L] int64, the same as ``rows``."""
     logits_indices: Tensor
     """[L] int64 places of their last tokens in the step."""
     history_base: Tensor
@@ -189,14 +191,15 @@ class InputBatch:
         if last is not None and last.key == key:
             return last
         indices, rows = layout.last_token[positions], layout.rows[positions]
-        batch_index, logits_indices, history_base = self._device.upload_all(
-            (positions, indices, rows * self._rows.width)
+        batch_index, row_index, logits_indices, history_base = self._device.upload_all(
+            (positions, rows, indices, rows * self._rows.width)
         )
         self._sampled = SampledSet(
             key=key,
             positions=positions.tolist(),
             rows=rows,
             batch_index=batch_index,
+            row_index=row_index,
             logits_indices=logits_indices,
             history_base=history_base,
             is_every_request=len(positions) == len(layout.rows),

@@ -21,6 +21,11 @@ from octavo.layers.parameter import Layer
 
 LOGITS_BYTES = 64 * 2**20
 """Float32 logits that may exist at once while drawing (one tensor; the sampler needs a few)."""
+GPU_LOGITS_BYTES = 512 * 2**20
+"""The same where a product over more rows is faster and memory is large."""
+_GRAPH_BYTES = 4 * 2**20
+"""What the driver and the allocator take for one recorded step beside its tensors."""
+_MAX_GRAPHS = 32
 _LOGITS_COPIES = 6
 """Tensors of that size alive at once in the worst case: model dtype, float32, raw copy, scaled, filtered, weights."""
 _HIDDEN_COPIES = 6
@@ -65,13 +70,35 @@ def make_kv_spec(groups: Iterable[KVGroup], block_size: int) -> KVCacheSpec:
     )
 
 
-def max_logits_rows(vocab_size: int, max_num_seqs: int) -> int:
-    """Rows drawn at once, so that logits stay within ``LOGITS_BYTES``."""
-    return max(1, min(max_num_seqs, LOGITS_BYTES // (4 * vocab_size)))
+def max_logits_rows(vocab_size: int, max_num_seqs: int, logits_bytes: int = LOGITS_BYTES) -> int:
+    """Rows drawn at once, so that float32 logits stay within ``logits_bytes``."""
+    return max(1, min(max_num_seqs, logits_bytes // (4 * vocab_size)))
+
+
+def bound_graph_bytes(model: ModelConfig, num_reqs: int, dtype_bytes: int, num_kv_blocks: int) -> int:
+    """Upper bound of what recorded decode steps hold: they share the tensors of the largest, ``num_reqs`` requests.
+
+    Args:
+        model: Dimensions.
+        num_reqs: Of the largest recorded step.
+        dtype_bytes: Of an activation.
+        num_kv_blocks: Most blocks of a request: block tables are gathered.
+    """
+    logits = num_reqs * model.vocab_size * (dtype_bytes + 3 * 4)
+    layer = num_reqs * dtype_bytes * (_HIDDEN_COPIES * model.hidden_size + 3 * model.intermediate_size)
+    # Partial results of split attention: a few per request and about as many as there are programs at once.
+    partial = (2 * num_reqs + 1024) * model.num_heads * (model.head_dim + 1) * 4
+    return logits + layer + partial + num_reqs * num_kv_blocks * 4 + _MAX_GRAPHS * _GRAPH_BYTES
 
 
 def bound_activation_bytes(
-    model: ModelConfig, scheduler: SchedulerConfig, dtype_bytes: int, *, prompt_piece: int
+    model: ModelConfig,
+    scheduler: SchedulerConfig,
+    dtype_bytes: int,
+    *,
+    prompt_piece: int,
+    logits_bytes: int = LOGITS_BYTES,
+    copies_history: bool = True,
 ) -> int:
     """Upper bound of what a step needs beside weights and cache.
 
@@ -85,7 +112,10 @@ def bound_activation_bytes(
         _HIDDEN_COPIES * model.hidden_size + 2 * qkv + model.num_heads * model.head_dim
     ) + _FFN_COPIES * 2 * model.intermediate_size * max(dtype_bytes, 4)
     history = scheduler.max_model_len * 2 * model.num_kv_heads * model.head_dim * dtype_bytes * 2
-    rows = max(max_logits_rows(model.vocab_size, scheduler.max_num_seqs), min(prompt_piece, tokens))
+    if not copies_history:
+        history = 0
+    rows = max_logits_rows(model.vocab_size, scheduler.max_num_seqs, logits_bytes)
+    rows = max(rows, min(prompt_piece, tokens))
     logits = _LOGITS_COPIES * rows * model.vocab_size * 4
     # Histories, tables and the queue of inputs: small, but they grow with the limits.
     inputs = scheduler.max_num_seqs * (scheduler.max_model_len + 1) * 4 + tokens * 8 * 8

@@ -7,7 +7,7 @@ halves' order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,26 +18,43 @@ from octavo.kernels.sampling.logprobs import token_values_ref
 from octavo.messages import NewRow, SchedulerOutput
 from octavo.models.interface import CausalLM
 from octavo.sampling.row_parameters import resolve_num_top
-from octavo.sampling.sampler import Sampler
+from octavo.sampling.sampler import Sampler, SamplerOutput
 from octavo.worker.block_tables import BlockTables
-from octavo.worker.input_batch import InputBatch, StepInputs
+from octavo.worker.cuda_graphs import DecodeGraphs
+from octavo.worker.input_batch import InputBatch, SampledSet, StepInputs, StepLayout
 from octavo.worker.outputs import PendingOutput, PromptLogprobs, download_values
+from octavo.worker.plain_sampling import DrawKind, PlainSampling
 from octavo.worker.request_rows import RequestRows
 
 PROMPT_PIECE = 128
 """Prompt positions whose logits exist at once."""
+OUT_OF_MEMORY_MESSAGE = (
+    "the device ran out of memory in a step with this request, the newest of it; others go on. Lower "
+    "max_num_batched_tokens or gpu_memory_utilization if it happens again"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """A step whose forward pass is queued and whose tokens are not drawn yet."""
+    """A step whose forward pass is queued. Exactly one of ``tokens``, ``logits`` and ``hidden`` is there."""
 
     step_id: int
-    inputs: StepInputs
-    hidden: Tensor
+    num_reqs: int
+    """Of the plan."""
+    sampled: SampledSet
+    lengths: Tensor | None
+    """[L] int64 known tokens of the requests that draw; None with ``tokens``."""
+    max_seq_len: int
+    tokens: Tensor | None
+    """[L] int64 when they are drawn and written to the rows already."""
+    logits: Tensor | None
+    """[L, V]."""
+    hidden: Tensor | None
     """[L, E] of the positions that need logits."""
     prompt_logprobs: list[PromptLogprobs]
     times: tuple[Event, Event]
+    errors: dict[int, str]
+    """Batch position to what went wrong for it alone."""
 
 
 class ModelRunner:
@@ -54,6 +71,8 @@ class ModelRunner:
         *,
         vocab_size: int,
         max_logits_rows: int,
+        plain: PlainSampling | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         """Args:
         model: Loaded, its attention layers bound.
@@ -64,6 +83,8 @@ class ModelRunner:
         device: Where everything is.
         vocab_size: Columns of the logits.
         max_logits_rows: Rows of logits that may exist at once while drawing.
+        plain: Draws for requests without special wishes where gathering their parameters would hold up the device.
+        graphs: Recorded decode steps, where launching each kernel by itself would.
         """
         self._model = model
         self._rows = rows
@@ -73,23 +94,114 @@ class ModelRunner:
         self._device = device
         self._vocab_size = vocab_size
         self._max_logits_rows = max_logits_rows
+        self._plain = plain
+        self._graphs = graphs
         self._prompt_top: dict[int, int] = {}
 
-    def launch(self, plan: SchedulerOutput) -> LaunchedStep:
-        """Apply the plan and run the model. The lengths count this step, tokens drawn included, from here on."""
+    def apply(self, plan: SchedulerOutput) -> None:
+        """Take over the plan's changes of rows and blocks; once per plan, before ``launch``."""
+        for row in plan.removed_rows:
+            self._sampler.remove(row)
+            self._prompt_top.pop(row, None)
+        if plan.new_rows:
+            self._rows.add(plan.new_rows)
+            if self._plain is not None:
+                self._plain.add(plan.new_rows)
+            for new in plan.new_rows:
+                self._add(new)
+        if plan.new_rows or plan.block_rows:
+            self._tables.apply(plan)
+
+    def launch(self, plan: SchedulerOutput, num_refused: int = 0) -> LaunchedStep:
+        """Run the model. The lengths count this step, tokens drawn included, from here on.
+
+        Args:
+            plan: Applied.
+            num_refused: So many requests at the end of the batch are not run; their rows only keep count, so that
+                later plans that still name them do no harm.
+
+        Raises:
+            torch.OutOfMemoryError: Nothing has changed; it may be called again.
+        """
         start, end = self._device.make_event(), self._device.make_event()
         start.record()
-        self._apply(plan)
+        if num_refused:
+            return self._launch_part(plan, num_refused, (start, end))
+        layout = self._inputs.layout_of(plan)
+        step = self._launch_graph(plan, layout, (start, end)) if self._graphs is not None else None
+        if step is None:
+            step = self._launch_eagerly(plan, (start, end))
+        end.record()
+        return step
+
+    def _launch_graph(
+        self, plan: SchedulerOutput, layout: StepLayout, times: tuple[Event, Event]
+    ) -> LaunchedStep | None:
+        """As a recorded decode step; None when it is none, or none of that size is recorded."""
+        assert self._graphs is not None and self._plain is not None
+        if len(layout.last_token) != len(layout.token_row):
+            return None
+        rows, index = self._rows, layout.rows
+        lengths = rows.num_computed_host[index] + 1
+        if (lengths < rows.num_tokens_host[index]).any():
+            return None  # a chunk of one token: more of the prompt is to come
+        kind = DrawKind.OTHER if plan.defer_sampling else self._plain.kind(index)
+        result = self._graphs.run(layout, kind)
+        if result is None:
+            return None
+        rows.num_computed_host[index] = lengths
+        rows.num_tokens_host[index] += 1
+        return LaunchedStep(
+            step_id=plan.step_id,
+            num_reqs=len(index),
+            sampled=self._inputs.sampled_of(layout, np.arange(len(index))),
+            lengths=result.lengths,
+            max_seq_len=int(lengths.max()),
+            tokens=result.tokens,
+            logits=result.logits,
+            hidden=None,
+            prompt_logprobs=[],
+            times=times,
+            errors={},
+        )
+
+    def _launch_eagerly(self, plan: SchedulerOutput, times: tuple[Event, Event]) -> LaunchedStep:
         inputs = self._inputs.build(plan)
         layout, sampled = inputs.layout, inputs.sampled
         hidden = self._model.forward(inputs.batch)
         self._rows.advance(layout.rows, layout.row_index, layout.scheduled_host, layout.scheduled)
         self._rows.num_tokens_host[sampled.rows] += 1
         prompts = self._prompt_logprobs(inputs, hidden) if self._prompt_top else []
-        # Only the rows that draw are kept: a deferred step must not hold the hidden states of a whole prompt.
-        chosen = hidden if sampled.is_every_token else hidden.index_select(0, sampled.logits_indices)
-        end.record()
-        return LaunchedStep(plan.step_id, inputs, chosen, prompts, (start, end))
+        return LaunchedStep(
+            step_id=plan.step_id,
+            num_reqs=inputs.batch.shape.num_reqs,
+            sampled=sampled,
+            lengths=inputs.lengths if sampled.is_every_request else inputs.lengths.index_select(0, sampled.batch_index),
+            max_seq_len=inputs.batch.shape.max_seq_len,
+            tokens=None,
+            logits=None,
+            # Only the rows that draw are kept: a deferred step must not hold the hidden states of a whole prompt.
+            hidden=hidden if sampled.is_every_token else hidden.index_select(0, sampled.logits_indices),
+            prompt_logprobs=prompts,
+            times=times,
+            errors={},
+        )
+
+    def _launch_part(self, plan: SchedulerOutput, num_refused: int, times: tuple[Event, Event]) -> LaunchedStep:
+        num_run = len(plan.rows) - num_refused
+        assert num_run > 0, "somebody must run"
+        part = SchedulerOutput(
+            step_id=plan.step_id,
+            removed_rows=[],
+            new_rows=[],
+            rows=plan.rows[:num_run],
+            num_scheduled_tokens=plan.num_scheduled_tokens[:num_run],
+        )
+        step = self._launch_eagerly(part, times)
+        self._rows.skip(plan.rows[num_run:], plan.num_scheduled_tokens[num_run:])
+        times[1].record()
+        errors = dict.fromkeys(range(num_run, len(plan.rows)), OUT_OF_MEMORY_MESSAGE)
+        return replace(step, num_reqs=len(plan.rows), errors=errors)
 
     def complete(self, step: LaunchedStep, mask: bytes | None) -> PendingOutput:
         """Draw the step's tokens, write them to the rows and start the copies to the host.
@@ -100,25 +212,41 @@ class ModelRunner:
         """
         start, end = self._device.make_event(), self._device.make_event()
         start.record()
-        inputs, sampled = step.inputs, step.inputs.sampled
-        pending = PendingOutput(step.step_id, inputs.batch.shape.num_reqs, self._device, (step.times, (start, end)))
+        pending = PendingOutput(step.step_id, step.num_reqs, self._device, (step.times, (start, end)))
         pending.add_prompt(step.prompt_logprobs)
+        pending.add_errors(step.errors)
+        if step.tokens is not None:
+            pending.add_sampled(step.sampled.positions, SamplerOutput(step.tokens, None, {}))
+        else:
+            self._draw(step, mask, pending)
+        end.record()
+        return pending
+
+    def _draw(self, step: LaunchedStep, mask: bytes | None, pending: PendingOutput) -> None:
+        sampled, lengths = step.sampled, step.lengths
+        assert lengths is not None
         bits = self._unpack_mask(mask, len(sampled.rows))
-        lengths = inputs.lengths if sampled.is_every_request else inputs.lengths.index_select(0, sampled.batch_index)
+        kind = DrawKind.OTHER
+        if self._plain is not None and bits is None:
+            kind = self._plain.kind(sampled.rows)
         most = self._max_logits_rows
         for first in range(0, len(sampled.rows), most):
             piece = slice(first, first + most)
-            output = self._sampler.sample(
-                self._model.compute_logits(step.hidden[piece]),
-                sampled.rows[piece],
-                lengths[piece],
-                inputs.batch.shape.max_seq_len,
-                None if bits is None else bits[piece],
-            )
+            logits = self._model.compute_logits(step.hidden[piece]) if step.logits is None else step.logits[piece]
+            if kind is not DrawKind.OTHER:
+                assert self._plain is not None
+                tokens = self._plain.draw(kind, logits, sampled.row_index[piece], lengths[piece])
+                output = SamplerOutput(tokens, None, {})
+            else:
+                output = self._sampler.sample(
+                    logits,
+                    sampled.rows[piece],
+                    lengths[piece],
+                    step.max_seq_len,
+                    None if bits is None else bits[piece],
+                )
             self._rows.append(sampled.history_base[piece], lengths[piece], output.token_ids)
             pending.add_sampled(sampled.positions[piece], output)
-        end.record()
-        return pending
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a step of this length over row 0 without writing keys and values, and draw greedily."""
@@ -127,16 +255,17 @@ class ModelRunner:
         hidden = self._model.forward(inputs.batch)
         self._model.compute_logits(hidden[-1:]).argmax(dim=1)
 
-    def _apply(self, plan: SchedulerOutput) -> None:
-        for row in plan.removed_rows:
-            self._sampler.remove(row)
-            self._prompt_top.pop(row, None)
-        if plan.new_rows:
-            self._rows.add(plan.new_rows)
-            for new in plan.new_rows:
-                self._add(new)
-        if plan.new_rows or plan.block_rows:
-            self._tables.apply(plan)
+    def record_graphs(self) -> None:
+        """Record the first decode steps, where there are graphs."""
+        if self._graphs is not None:
+            self._graphs.warm_up()
+            self._device.synchronize()
+            self._device.free_unused()
+
+    def shrink(self) -> None:
+        """Memory was short: take no more for things that only save time."""
+        if self._graphs is not None:
+            self._graphs.stop_capturing()
 
     def _add(self, new: NewRow) -> None:
         self._sampler.add(new.row, new.sampling, new.token_ids, new.num_prompt_tokens)

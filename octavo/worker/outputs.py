@@ -5,7 +5,8 @@ Knows no model and no row. The lists are built per request that has something to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -77,6 +78,15 @@ class PendingOutput:
         self._sampled: list[tuple[list[int], Tensor, dict[int, str]]] = []
         self._logprobs: list[tuple[list[int], LogprobRequest, HostValues]] = []
         self._prompt: list[PromptLogprobs] = []
+        self._errors: dict[int, str] = {}
+
+    def add_errors(self, errors: Mapping[int, str]) -> None:
+        """Batch position to what went wrong for it alone."""
+        self._errors.update(errors)
+
+    def is_ready(self) -> bool:
+        """Whether ``result`` would return at once."""
+        return self._times[-1][1].query()
 
     def add_sampled(self, positions: list[int], output: SamplerOutput) -> None:
         """Start the copy of one piece's tokens; ``positions`` are their batch positions."""
@@ -94,7 +104,7 @@ class PendingOutput:
         """Wait for the copies and make the message."""
         self._times[-1][1].synchronize()
         token_ids: list[list[int]] = [[] for _ in range(self._num_reqs)]
-        errors: dict[int, str] = {}
+        errors = dict(self._errors)
         for positions, tokens, failed in self._sampled:
             for position, token in zip(positions, tokens.tolist(), strict=True):
                 if token < 0:
@@ -132,6 +142,44 @@ class PendingOutput:
         for prompt in self._prompt:
             messages[prompt.batch_position] = prompt.message()
         return messages
+
+
+class StepFuture(Future[ModelRunnerOutput]):
+    """The result of a step. Nobody waits in the background: whoever asks for the result waits for the step's event."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pending: PendingOutput | None = None
+
+    def attach(self, pending: PendingOutput) -> None:
+        """The step is queued to its end."""
+        self._pending = pending
+
+    def settle(self) -> None:
+        """Wait for the device, if the step has got that far."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            output = pending.result()
+        except Exception as error:  # the future carries it to the engine, which ends
+            self.set_exception(error)
+        else:
+            self.set_result(output)
+
+    def done(self) -> bool:
+        """Whether ``result`` would return at once."""
+        return super().done() or (self._pending is not None and self._pending.is_ready())
+
+    def result(self, timeout: float | None = None) -> ModelRunnerOutput:
+        """As a Future's; ``timeout`` counts only until the step is queued."""
+        self.settle()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As a Future's; see ``result``."""
+        self.settle()
+        return super().exception(timeout)
 
 
 def download_values(device: Device, token_ids: Tensor, values: Tensor, ranks: Tensor) -> HostValues:

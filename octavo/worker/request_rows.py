@@ -6,6 +6,8 @@ launched before the host has seen them. Knows no blocks (``block_tables.py``) an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -56,6 +58,13 @@ class RequestRows:
         """Count this step's tokens as computed; ``rows`` are all different."""
         self.num_computed_host[rows] += scheduled_host
         self.num_computed.index_add_(0, row_index, scheduled)
+
+    def skip(self, rows: Sequence[int], scheduled: Sequence[int]) -> None:
+        """Count tokens as computed that were not: their requests have failed and are about to leave."""
+        index, count = np.array(rows, np.int64), np.array(scheduled, np.int64)
+        row_index, counts = self._device.upload_all((index, count))
+        self.advance(index, row_index, count, counts)
+        self.num_tokens_host[index] = np.maximum(self.num_tokens_host[index], self.num_computed_host[index] + 1)
 
     def append(self, history_base: Tensor, length: Tensor, tokens: Tensor) -> None:
         """Write the tokens just drawn behind their rows' texts.

@@ -26,9 +26,13 @@ from octavo.sampling.logits_processor import ProcessorContext
 from octavo.sampling.registry import load_processors
 from octavo.sampling.sampler import Sampler
 from octavo.worker.block_tables import BlockTables
+from octavo.worker.cuda_graphs import DecodeGraphs, make_buckets
 from octavo.worker.input_batch import InputBatch
 from octavo.worker.memory import (
+    GPU_LOGITS_BYTES,
+    LOGITS_BYTES,
     bound_activation_bytes,
+    bound_graph_bytes,
     bound_kv_bytes,
     check_cache_fits,
     count_weight_bytes,
@@ -37,6 +41,8 @@ from octavo.worker.memory import (
     max_logits_rows,
 )
 from octavo.worker.model_runner import PROMPT_PIECE, LaunchedStep, ModelRunner
+from octavo.worker.outputs import StepFuture
+from octavo.worker.plain_sampling import PlainSampling
 from octavo.worker.report import MemoryReport
 from octavo.worker.request_rows import RequestRows
 
@@ -52,7 +58,7 @@ class QueuedStep:
 
     plan: SchedulerOutput
     mask: bytes | None
-    future: Future[ModelRunnerOutput]
+    future: StepFuture
     launched: LaunchedStep | None = None
 
 
@@ -63,6 +69,9 @@ class Worker:
         self._config = config
         self._device = make_device(config.device.device_type)
         self._device.set_num_threads(config.device.num_threads)
+        self._at_start = self._device.memory()
+        self._ledger: dict[str, int] = {}
+        """Bytes by purpose, in the order in which they are taken."""
         self._queue: deque[QueuedStep] = deque()
         self._runner: ModelRunner | None = None
 
@@ -94,9 +103,10 @@ class Worker:
         ]
         self._backends = [backend(group.spec) for (backend, _), group in zip(chosen, self._groups, strict=True)]
         weights = count_weight_bytes(self._model)
-        activation = bound_activation_bytes(config.model, config.scheduler, dtype.itemsize, prompt_piece=PROMPT_PIECE)
+        activation = self._bound_working_memory(dtype.itemsize)
         memory = self._device.memory()
         available = bound_kv_bytes(memory, config.cache, weights, activation)
+        self._ledger = {"weights": weights}
         logger.debug(
             "memory: %d total, %d free, %d weights, %d working memory at most, %d for the KV cache",
             memory.total, memory.free, weights, activation, available,
@@ -111,6 +121,32 @@ class Worker:
             load_seconds=time.monotonic() - began,
         )
 
+    def _bound_working_memory(self, dtype_bytes: int) -> int:
+        """Everything beside weights and cache: the largest step, rows, recorded steps."""
+        config, limits = self._config, self._config.scheduler
+        is_gpu = self._device.is_asynchronous
+        bound = bound_activation_bytes(
+            config.model,
+            limits,
+            dtype_bytes,
+            prompt_piece=PROMPT_PIECE,
+            logits_bytes=self._logits_bytes,
+            copies_history=not is_gpu,
+        )
+        if self._records_graphs:
+            largest = make_buckets(limits.max_num_seqs)[-1]
+            num_blocks = -(-limits.max_model_len // config.cache.block_size) + 1
+            bound += bound_graph_bytes(config.model, largest, dtype_bytes, num_blocks)
+        return bound
+
+    @property
+    def _logits_bytes(self) -> int:
+        return GPU_LOGITS_BYTES if self._device.is_asynchronous else LOGITS_BYTES
+
+    @property
+    def _records_graphs(self) -> bool:
+        return self._device.has_graphs and not self._config.device.enforce_eager
+
     def allocate(self, num_blocks: int) -> None:
         """Make the cache and everything that lives as long as it: rows, tables, sampler.
 
@@ -120,7 +156,9 @@ class Worker:
         assert num_blocks >= 2, "block 0 is the null block"
         config, device = self._config, self._device
         check_cache_fits(device.memory(), num_blocks * self._kv_spec.bytes_per_block)
+        self._ledger["KV cache"] = num_blocks * self._kv_spec.bytes_per_block
         self._bind_cache(num_blocks)
+        before = device.memory()
         limits, vocab_size = config.scheduler, config.model.vocab_size
         rows = RequestRows(limits.max_num_seqs, limits.max_model_len, device)
         tables = BlockTables(
@@ -130,9 +168,18 @@ class Worker:
             vocab_size=vocab_size,
             max_num_seqs=limits.max_num_seqs,
             device=device.torch_device,
-            token_ids=rows.token_ids,
+            token_ids=rows.token_ids[:-1],
             num_tokens=device.zeros((limits.max_num_seqs,), torch.int64),
         )
+        plain = graphs = None
+        if device.is_asynchronous:
+            has_processors = bool(config.device.logits_processors)
+            plain = PlainSampling(limits.max_num_seqs, vocab_size, device, has_processors=has_processors)
+            if self._records_graphs:
+                graphs = DecodeGraphs(
+                    self._model, rows, tables, self._backends, plain, device,
+                    max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len,
+                )  # fmt: skip
         self._runner = ModelRunner(
             self._model,
             rows,
@@ -141,8 +188,12 @@ class Worker:
             Sampler(context, config.frontend.logprobs_mode, load_processors(config.device.logits_processors, context)),
             device,
             vocab_size=vocab_size,
-            max_logits_rows=max_logits_rows(vocab_size, limits.max_num_seqs),
+            max_logits_rows=max_logits_rows(vocab_size, limits.max_num_seqs, self._logits_bytes),
+            plain=plain,
+            graphs=graphs,
         )
+        if device.is_asynchronous:
+            self._ledger["rows"] = max(0, before.free - device.memory().free)
 
     def warm_up(self) -> None:
         """Run the model on short dummy steps, so that the first request does not pay for preparations."""
@@ -151,10 +202,27 @@ class Worker:
             for num_tokens in _WARM_UP_TOKENS:
                 if num_tokens <= min(limits.max_num_batched_tokens, limits.max_model_len):
                     self._ready().warm_up(num_tokens)
+            before = self._device.memory()
+            self._ready().record_graphs()
+        if self._device.is_asynchronous:
+            self._ledger["graphs"] = max(0, before.free - self._device.memory().free)
+            self._log_ledger()
+
+    def _log_ledger(self) -> None:
+        """What was counted against what the device says, and what is left for the largest step."""
+        now = self._device.memory()
+        counted, used = sum(self._ledger.values()), self._at_start.free - now.free
+        lines = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self._ledger.items())
+        logger.info(
+            "memory in GiB: %s; together %.2f, the device says %.2f (%+.1f %% of its %.1f); %.2f free",
+            lines, counted / 2**30, used / 2**30, 100 * (counted - used) / now.total, now.total / 2**30,
+            now.free / 2**30,
+        )  # fmt: skip
 
     def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]:
-        """Queue a step; on a CPU it has run when this returns, unless it or one before it waits for a mask."""
-        step = QueuedStep(plan, mask, Future())
+        """Queue a step. It is on the device when this returns (on a CPU: it has run), unless it or one before it waits
+        for a mask. Nothing here waits for the device."""
+        step = QueuedStep(plan, mask, StepFuture())
         self._queue.append(step)
         self._advance()
         return step.future
@@ -174,7 +242,7 @@ class Worker:
             step = self._queue[0]
             try:
                 with torch.inference_mode():
-                    step.launched = self._ready().launch(step.plan)
+                    step.launched = self._launch(step.plan)
             except Exception as error:  # the future carries it to the engine, which ends
                 self._queue.popleft()
                 step.future.set_exception(error)
@@ -183,17 +251,37 @@ class Worker:
                 return
             self._complete(step)
 
+    def _launch(self, plan: SchedulerOutput) -> LaunchedStep:
+        """Launch, with fewer and fewer of the newest requests while memory does not suffice."""
+        runner = self._ready()
+        runner.apply(plan)
+        num_refused = 0
+        has_freed = False
+        while True:
+            try:
+                return runner.launch(plan, num_refused)
+            except torch.OutOfMemoryError as error:
+                self._device.synchronize()
+                if has_freed:
+                    num_refused += 1
+                if num_refused >= len(plan.rows):
+                    raise
+                has_freed = True
+                logger.warning("out of memory in a step of %d requests: %s", len(plan.rows) - num_refused, error)
+            runner.shrink()
+            self._device.free_unused()
+
     def _complete(self, step: QueuedStep) -> None:
         assert step.launched is not None
         self._queue.popleft()
         try:
             with torch.inference_mode():
-                # On a CPU the results are there already; a device that works beside the host would wait in result().
-                output = self._ready().complete(step.launched, step.mask).result()
+                step.future.attach(self._ready().complete(step.launched, step.mask))
         except Exception as error:  # as in _advance()
             step.future.set_exception(error)
-        else:
-            step.future.set_result(output)
+            return
+        if not self._device.is_asynchronous:
+            step.future.settle()
 
     def _bind_cache(self, num_blocks: int) -> None:
         """Cache tensor j serves the j-th layer of every group."""

@@ -179,7 +179,7 @@ def size(located: Any, available_bytes: int, hardware: Any = None, **given_args:
 
 def test_a_gpu_takes_what_is_free_and_a_cpu_a_modest_part(located: Any) -> None:
     on_gpu = size(located, 8 * GIB, make_hardware("cuda"))
-    assert on_gpu.num_blocks == 8 * GIB // 8192
+    assert on_gpu.num_blocks == 8 * GIB // (4 * 8192)  # of 64 tokens, not 16
     assert size(located, 30 * GIB).num_blocks == 4 * GIB // 8192
     assert size(located, 2 * GIB).num_blocks == 2 * GIB // 8192
 

@@ -20,6 +20,7 @@ from octavo.sampling.sampler import Sampler
 from octavo.worker.block_tables import BlockTables
 from octavo.worker.input_batch import InputBatch
 from octavo.worker.model_runner import ModelRunner
+from octavo.worker.outputs import PendingOutput
 from octavo.worker.request_rows import RequestRows
 
 VOCAB = 97
@@ -185,9 +186,14 @@ class LittleEngine:
         """Plan, run and apply one step."""
         plan = self.plan(work)
         with torch.inference_mode():
-            output = self.runner.complete(self.runner.launch(plan), None).result()
+            output = self.begin(plan).result()
         self.apply(plan, output)
         return output
+
+    def begin(self, plan: SchedulerOutput, mask: bytes | None = None) -> PendingOutput:
+        """Run a plan up to its draw."""
+        self.runner.apply(plan)
+        return self.runner.complete(self.runner.launch(plan), mask)
 
     def apply(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> None:
         """Append what was drawn."""

@@ -67,10 +67,10 @@ def test_a_step_can_be_launched_before_the_last_one_has_drawn_on_the_host() -> N
     engine.add(1, [4], params())
     pending = []
     with torch.inference_mode():
-        pending.append((plan := engine.plan({0: 3, 1: 1}), engine.runner.complete(engine.runner.launch(plan), None)))
+        pending.append((plan := engine.plan({0: 3, 1: 1}), engine.begin(plan)))
         for _ in range(20):
             plan = engine.plan({0: 1, 1: 1})
-            pending.append((plan, engine.runner.complete(engine.runner.launch(plan), None)))
+            pending.append((plan, engine.begin(plan)))
     for plan, output in pending:
         engine.apply(plan, output.result())
     assert engine.texts[0] == continued([1, 2, 3], 24)
@@ -210,5 +210,5 @@ def test_a_grammar_mask_decides_the_drawing_rows() -> None:
     mask = torch.zeros(1, -(-VOCAB // 32), dtype=torch.int32)
     mask[0, 1] = 1 << 9
     with torch.inference_mode():
-        output = engine.runner.complete(engine.runner.launch(plan), mask.numpy().tobytes()).result()
+        output = engine.begin(plan, mask.numpy().tobytes()).result()
     assert output.token_ids == [[], [41]]
