@@ -6,6 +6,8 @@ point group ``octavo.attention_backends``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from octavo.attention.backend import AttentionBackend, AttentionSpec
 from octavo.errors import ConfigError
 from octavo.utils.registry import Registry
@@ -21,7 +23,13 @@ BACKENDS = Registry(
         "TORCH_SDPA": "octavo.attention.torch_sdpa:TorchSdpaBackend",
         "TRITON_ATTN": "octavo.attention.triton:TritonBackend",
     },
-    aliases={"TRITON": "TRITON_ATTN", "CPU_ATTN": "CPU_PAGED", "SDPA": "TORCH_SDPA", "TORCH": "TORCH_SDPA", "TORCH_NATIVE": "TORCH_SDPA"},
+    aliases={
+        "TRITON": "TRITON_ATTN",
+        "CPU_ATTN": "CPU_PAGED",
+        "SDPA": "TORCH_SDPA",
+        "TORCH": "TORCH_SDPA",
+        "TORCH_NATIVE": "TORCH_SDPA",
+    },
     absent={
         "FLASH_ATTN": _NOT_YET,
         "FLASHINFER": _NOT_YET,
@@ -30,6 +38,11 @@ BACKENDS = Registry(
     },
     normalise=str.upper,
 )
+AUTO_ORDER: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("CPU_PAGED", "TORCH_SDPA"),
+    "cuda": ("TRITON_ATTN", "TORCH_SDPA"),
+}
+"""Device type to the backends that ``auto`` asks first, fastest first; then all others follow."""
 
 
 def choose_backend(requested: str, spec: AttentionSpec, device_type: str) -> tuple[type[AttentionBackend], str]:
@@ -54,7 +67,7 @@ def choose_backend(requested: str, spec: AttentionSpec, device_type: str) -> tup
             f"attention backend {backend.name} cannot be used: {reason}. Others: {_describe(others)}.",
             param="attention_backend",
         )
-    names = BACKENDS.names()
+    names = list(dict.fromkeys([*AUTO_ORDER.get(device_type, ()), *BACKENDS.names()]))
     for name in names:  # one after the other: importing a backend for another device takes time
         found, reason = _candidate(name, spec, device_type)
         if reason is None and found is not None:

@@ -1,4 +1,4 @@
-"""Attention on the CPU over a paged cache, by torch's own operators.
+"""Attention over a paged cache by torch's own operators: on the CPU here, elsewhere in ``torch_gathered``.
 
 The cache of a layer is ``[N, P, 2, G, D]``: a token's keys and values side by side, so that one copy writes both and a
 run of consecutive block ids is one strided view, read without copying. Histories that are scattered are gathered. A
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from octavo.attention.backend import AttentionSpec
+from octavo.attention.torch_gathered import GatheredAttention, GatheredMetadata
 from octavo.batch import AttentionMetadata, StepShape
 
 _MAX_MASKED_QUERIES = 256
@@ -58,12 +59,12 @@ class TorchSdpaBackend:
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
+        self._gathered = GatheredAttention(spec)
 
     @classmethod
     def unsupported(cls, spec: AttentionSpec, device_type: str) -> str | None:
         """See AttentionBackend."""
-        if device_type != "cpu":
-            return f"it runs on the CPU, not on {device_type}"
+        del device_type
         if spec.dtype not in _DTYPES or spec.kv_dtype not in _DTYPES:
             return f"dtype {spec.dtype} with a {spec.kv_dtype} cache is not one of float32, bfloat16, float16"
         if spec.num_heads % spec.num_kv_heads:
@@ -76,8 +77,10 @@ class TorchSdpaBackend:
 
     def plan(
         self, step: StepShape, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, slot_mapping: Tensor
-    ) -> TorchSdpaMetadata:
+    ) -> TorchSdpaMetadata | GatheredMetadata:
         """See AttentionBackend."""
+        if block_table.device.type != "cpu":
+            return self._gathered.plan(step, block_table, slot_mapping)
         starts: list[int] = query_start_loc[: step.num_reqs + 1].tolist()
         lens: list[int] = seq_lens[: step.num_reqs].tolist()
         is_written = slot_mapping >= 0
@@ -99,16 +102,23 @@ class TorchSdpaBackend:
                 spans += self._spans(starts[index], starts[index + 1], lens[index], block_table[index], is_run[index])
         return spans
 
-    def kv_views(self, cache: Tensor) -> None:
-        """None: the rotation is a pass of its own here."""
+    def kv_views(self, cache: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See AttentionBackend. None on a CPU: the rotation is a pass of its own there."""
+        return None if cache.device.type == "cpu" else (cache[:, :, 0], cache[:, :, 1])
 
     def write(self, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata) -> None:
         """See AttentionBackend."""
+        if isinstance(meta, GatheredMetadata):
+            self._gathered.write(k, v, cache, meta)
+            return
         assert isinstance(meta, TorchSdpaMetadata)
         _write(k, v, cache.flatten(0, 1), meta)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
         """See AttentionBackend."""
+        if isinstance(meta, GatheredMetadata):
+            self._gathered.attend(q, cache, meta, out)
+            return
         assert isinstance(meta, TorchSdpaMetadata)
         if meta.num_tokens < len(out):
             out[meta.num_tokens :].zero_()
