@@ -44,6 +44,8 @@ class CpuPagedBackend:
     @classmethod
     def unsupported(cls, spec: AttentionSpec, device_type: str) -> str | None:
         """See AttentionBackend."""
+        if device_type != "cpu":
+            return f"it runs on the CPU, not on {device_type}"
         reason = TorchSdpaBackend.unsupported(spec, device_type)
         if reason is not None:
             return reason

@@ -187,7 +187,9 @@ def test_errors_list_every_candidate_with_its_reason():
         choose_backend("auto", replace(SPEC, dtype=torch.float64), "cpu")
     for name in [*BACKENDS.names(), *BACKENDS.absent]:
         assert name in caught.value.message
-    assert "it computes in float32" in caught.value.message or "compile" in caught.value.message
+    assert "dtype torch.float64" in caught.value.message
+    with pytest.raises(ConfigError, match="runs on the CPU, not on cuda"):
+        choose_backend("CPU_PAGED", SPEC, "cuda")
     with pytest.raises(ConfigError, match="NONSENSE.*not known.*TORCH_SDPA"):
         choose_backend("nonsense", SPEC, "cpu")
     with pytest.raises(ConfigError, match="float64"):
