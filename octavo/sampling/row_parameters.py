@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo.kernels.sampling.draw import mix_seed
 from octavo.kernels.sampling.filters import FilterColumns
-from octavo.kernels.sampling.rows import RowColumns
+from octavo.kernels.sampling.rows import RowColumns, has_row_kernels
 from octavo.messages import ResolvedSampling
 
 IntArray = NDArray[np.int64]
@@ -127,6 +127,8 @@ class SamplingBatch:
     stream: Tensor
     """[R] int64, see ``kernels/sampling/draw.py``."""
     filters: Filters | None
+    columns: RowColumns | None
+    """What ``draw_rows`` needs, one entry for each batch position; None where it is not used."""
     penalties: Penalties | None
     allowed: Entries | None
     restricted: Tensor | None
@@ -150,10 +152,6 @@ class RowParameters:
         self._stream = np.zeros(max_num_seqs, np.int64)
         self._num_prompt = np.zeros(max_num_seqs, np.int64)
         self._sampling: dict[int, ResolvedSampling] = {}
-        self._special: set[int] = set()
-        self._filtered: set[int] = set()
-        self._shared = _SharedColumns(max_num_seqs + 1, device)
-        self._is_stale = True
 
     def add(self, row: int, sampling: ResolvedSampling, num_prompt_tokens: int) -> None:
         """A request takes the row."""
@@ -163,47 +161,10 @@ class RowParameters:
         self._stream[row] = mix_seed(sampling.seed)
         self._num_prompt[row] = num_prompt_tokens
         self._sampling[row] = sampling
-        if _is_special(sampling):
-            self._special.add(row)
-        if self._columns["top_k"][row] > 0 or sampling.top_p < 1 or sampling.min_p > 0:
-            self._filtered.add(row)
-        self._is_stale = True
 
     def remove(self, row: int) -> None:
         """The row is free again."""
         del self._sampling[row]
-        self._special.discard(row)
-        self._filtered.discard(row)
-
-    def are_plain(self, rows: IntArray) -> bool:
-        """Whether these rows ask for nothing but temperature, min-p, top-k and top-p."""
-        return not self._special or self._special.isdisjoint(rows.tolist())
-
-    def have_filters(self, rows: IntArray) -> bool:
-        """Whether any of these rows has min-p, top-k or top-p."""
-        return bool(self._filtered) and not self._filtered.isdisjoint(rows.tolist())
-
-    @property
-    def columns(self) -> RowColumns:
-        """Of all rows and, behind them, of one greedy row that no request has. Always the same tensors."""
-        return self._shared.columns
-
-    def upload_columns(self) -> None:
-        """Bring ``columns`` up to date, in the order of the current stream."""
-        if self._is_stale:
-            with np.errstate(divide="ignore"):
-                log_min_p = np.log(self._columns["min_p"])
-            self._shared.upload(
-                {
-                    "stream": self._stream,
-                    "num_prompt": self._num_prompt,
-                    "top_k": self._columns["top_k"],
-                    "top_p": self._columns["top_p"],
-                    "temperature": self._columns["temperature"],
-                    "log_min_p": log_min_p,
-                }
-            )
-            self._is_stale = False
 
     def gather(self, rows: IntArray) -> SamplingBatch:
         """The batch of these rows."""
@@ -220,6 +181,7 @@ class RowParameters:
             temperature=self._upload(temperature[random_index, None]),
             stream=self._upload(self._stream[rows[random_index]]),
             filters=self._filters(rows[random_index]),
+            columns=self._row_columns(rows) if has_row_kernels(self._device) else None,
             penalties=self._penalties(rows),
             allowed=allowed,
             restricted=None if allowed is None else torch.unique(allowed.position),
@@ -232,6 +194,18 @@ class RowParameters:
 
     def _upload(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+    def _row_columns(self, rows: IntArray) -> RowColumns:
+        with np.errstate(divide="ignore"):
+            log_min_p = np.log(self._columns["min_p"][rows])
+        return RowColumns(
+            temperature=self._upload(self._columns["temperature"][rows]),
+            stream=self._upload(self._stream[rows]),
+            num_prompt=self._upload(self._num_prompt[rows]),
+            log_min_p=self._upload(log_min_p),
+            top_k=self._upload(self._columns["top_k"][rows]),
+            top_p=self._upload(self._columns["top_p"][rows]),
+        )
 
     def _filters(self, rows: IntArray) -> Filters | None:
         top_k, top_p, min_p = (self._columns[name][rows] for name in ("top_k", "top_p", "min_p"))
@@ -349,59 +323,6 @@ class RowParameters:
             named=self._upload(named) if max(num_named) else None,
             num_named=num_named,
         )
-
-
-class _SharedColumns:
-    """The columns of ``RowColumns`` behind one another in one buffer, so that a change is one copy."""
-
-    _TYPES: ClassVar[dict[str, tuple[type[np.generic], torch.dtype]]] = {
-        "stream": (np.int64, torch.int64),
-        "num_prompt": (np.int64, torch.int64),
-        "top_k": (np.int64, torch.int64),
-        "top_p": (np.float64, torch.float64),
-        "temperature": (np.float32, torch.float32),
-        "log_min_p": (np.float32, torch.float32),
-    }
-
-    def __init__(self, num_rows: int, device: torch.device) -> None:
-        self._host: dict[str, NDArray[Any]] = {}
-        sizes = [num_rows * torch_type.itemsize for _, torch_type in self._TYPES.values()]
-        ends = np.cumsum(sizes).tolist()
-        self._buffer = np.zeros(ends[-1], np.uint8)
-        self._on_device = torch.zeros(ends[-1], dtype=torch.uint8, device=device)
-        parts: dict[str, Tensor] = {}
-        for (name, (numpy_type, torch_type)), size, end in zip(self._TYPES.items(), sizes, ends, strict=True):
-            self._host[name] = self._buffer[end - size : end].view(numpy_type)
-            parts[name] = self._on_device[end - size : end].view(torch_type)
-        self._host["top_p"][-1] = 1.0
-        self._host["log_min_p"][-1] = -np.inf
-        self.columns = RowColumns(**parts)
-
-    def upload(self, columns: dict[str, NDArray[Any]]) -> None:
-        """Copy the columns of all rows but the last."""
-        for name, column in columns.items():
-            self._host[name][:-1] = column
-        host = torch.from_numpy(self._buffer)
-        if self._on_device.is_cuda:
-            # A pinned copy of its own: the next change must not reach a copy that still runs.
-            host = host.pin_memory()
-        self._on_device.copy_(host, non_blocking=True)
-
-
-def _is_special(sampling: ResolvedSampling) -> bool:
-    """Whether a request asks for more than temperature, min-p, top-k and top-p."""
-    return bool(
-        sampling.repetition_penalty != 1
-        or sampling.presence_penalty != 0
-        or sampling.frequency_penalty != 0
-        or sampling.allowed_token_ids
-        or sampling.logit_bias
-        or sampling.min_tokens > 0
-        or sampling.bad_words_token_ids
-        or has_thinking_budget(sampling)
-        or sampling.logprobs is not None
-        or sampling.logprob_token_ids
-    )
 
 
 def resolve_num_top(asked: int | None, vocab_size: int) -> int:

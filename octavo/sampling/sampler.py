@@ -21,7 +21,7 @@ from octavo.kernels.sampling.filters import FilterColumns, draw_narrow_ref, kept
 from octavo.kernels.sampling.logprobs import token_values_ref
 from octavo.kernels.sampling.masks import apply_bitmask_ref
 from octavo.kernels.sampling.penalties import apply_penalties_ref
-from octavo.kernels.sampling.rows import draw_rows, has_row_kernels
+from octavo.kernels.sampling.rows import draw_rows
 from octavo.messages import ResolvedSampling
 from octavo.sampling.builtin import ThinkingState, apply_bad_words, apply_min_tokens, apply_static_masks
 from octavo.sampling.logits_processor import LogitsProcessor, ProcessorContext
@@ -78,7 +78,6 @@ class Sampler:
         self._processors = [ActiveProcessor(processor) for processor in processors]
         self._failed_rows: dict[int, str] = {}
         self._batches: dict[bytes, SamplingBatch] = {}
-        self._has_row_kernels = has_row_kernels(context.device)
 
     def add(self, row: int, sampling: ResolvedSampling, token_ids: list[int], num_prompt_tokens: int) -> None:
         """A request takes the row; ``token_ids`` are all known ones (prompt, and outputs kept across a preemption)."""
@@ -98,36 +97,6 @@ class Sampler:
         for processor in self._processors:
             processor.remove(row)
 
-    def are_plain(self, rows: IntArray) -> bool:
-        """Whether ``draw_plain`` serves these rows: no mask, penalty, logprob, processor or failed row among them."""
-        if self._failed_rows or any(processor.is_active for processor in self._processors):
-            return False
-        return self._parameters.are_plain(rows)
-
-    def have_filters(self, rows: IntArray) -> bool:
-        """Whether any of these rows has min-p, top-k or top-p."""
-        return self._parameters.have_filters(rows)
-
-    def upload_columns(self) -> None:
-        """Bring what ``draw_plain`` reads up to date: before each step, outside of a captured graph."""
-        self._parameters.upload_columns()
-
-    def draw_plain(self, logits: Tensor, row_index_L: Tensor, length_L: Tensor, *, has_filters: bool) -> Tensor:
-        """Draw for plain rows that only the device needs to know, so a captured call serves any of them.
-
-        Reads what ``upload_columns`` has uploaded.
-
-        Args:
-            logits: ``[L, V]``, any float dtype; read only.
-            row_index_L: ``[L]`` int64; ``max_num_seqs`` is a row that nobody has.
-            length_L: ``[L]`` int64 known tokens.
-            has_filters: Not below ``have_filters`` of the rows.
-
-        Returns:
-            ``[L]`` int64; -1 where no token could be drawn.
-        """
-        return draw_rows(logits, self._parameters.columns, row_index_L, length_L, has_filters=has_filters)
-
     def sample(
         self, logits: Tensor, rows: IntArray, length_L: Tensor, max_length: int, mask: Tensor | None
     ) -> SamplerOutput:
@@ -140,12 +109,6 @@ class Sampler:
             max_length: Host integer, not below any entry of ``length_L``.
             mask: ``[L, ceil(V / 32)]`` int32 grammar bits, or None.
         """
-        if self._has_row_kernels:
-            self.upload_columns()
-        if self._has_row_kernels and mask is None and self.are_plain(rows):
-            row_index = torch.from_numpy(rows).pin_memory().to(logits.device, non_blocking=True)
-            token = self.draw_plain(logits, row_index, length_L, has_filters=self.have_filters(rows))
-            return SamplerOutput(token, None, {})
         batch = self._batch(rows)
         logits = logits.float()
         raw = self._keep_raw(logits, batch)
@@ -215,8 +178,9 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """The tokens ``[L]``, and the logits they were drawn from (complete only where processed logprobs need it)."""
         is_shown = batch.logprobs is not None and not self._is_raw
-        if self._has_row_kernels and not is_shown and not any(p.is_active for p in self._processors if p.keeps_argmax):
-            return self.draw_plain(logits, batch.rows, length_L, has_filters=batch.filters is not None), logits
+        if batch.columns is not None and not is_shown and not self._has_active_keeping_argmax():
+            index = torch.arange(len(logits), device=logits.device)
+            return draw_rows(logits, batch.columns, index, length_L, has_filters=batch.filters is not None), logits
         if batch.num_random == 0:
             return most_likely_ref(logits), logits
         index = batch.random_index
@@ -232,6 +196,9 @@ class Sampler:
         if is_shown:
             logits.index_copy_(0, index, drawn_from)
         return token, logits
+
+    def _has_active_keeping_argmax(self) -> bool:
+        return any(processor.keeps_argmax and processor.is_active for processor in self._processors)
 
     def _apply_keeping_argmax(
         self, drawn_from: Tensor, batch: SamplingBatch, rows: IntArray, errors: dict[int, str]
