@@ -79,3 +79,9 @@ class AttentionBackend(Protocol):
             out: ``[T, H, D]``; written.
         """
         ...
+
+
+def is_capturable(backend: AttentionBackend) -> bool:
+    """Whether decode steps may be recorded as graphs: ``plan``, ``write`` and ``attend`` of single queries take lengths
+    and tables from device memory only. Backends say so by a class attribute ``is_capturable = True``."""
+    return bool(getattr(backend, "is_capturable", False))

@@ -40,6 +40,7 @@ class TritonBackend:
     """See the module."""
 
     name: ClassVar[str] = "TRITON_ATTN"
+    is_capturable: ClassVar[bool] = True
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo.attention.backend import is_capturable
 from octavo.attention.registry import choose_backend
 from octavo.config.engine import EngineConfig
 from octavo.device.registry import make_device
@@ -145,7 +146,8 @@ class Worker:
 
     @property
     def _records_graphs(self) -> bool:
-        return self._device.has_graphs and not self._config.device.enforce_eager
+        has_graphs = self._device.has_graphs and not self._config.device.enforce_eager
+        return has_graphs and all(is_capturable(backend) for backend in self._backends)
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache and everything that lives as long as it: rows, tables, sampler.
