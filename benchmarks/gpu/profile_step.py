@@ -56,7 +56,9 @@ class Steps:
         )
         began = time.monotonic()
         located = locate_model(args.model, args.revision, args.download_dir)
-        config, _ = resolve(args, located, read_model_config(located, args.hf_overrides), probe_hardware(options.device))
+        config, _ = resolve(
+            args, located, read_model_config(located, args.hf_overrides), probe_hardware(options.device)
+        )
         self.worker = Worker(config)
         marks = [("probe", time.monotonic() - began)]
         report = self.worker.load()
@@ -163,7 +165,9 @@ def profile(path: Path, run, device: str) -> None:
             if str(e.device_type).endswith("CUDA")
         ]
         found.sort(key=lambda e: e["start_us"])
-        lines = "\n".join(f"{e['start_us'] - found[0]['start_us']:12.1f} {e['us']:9.1f} {e['name'][:110]}" for e in found)
+        lines = "\n".join(
+            f"{e['start_us'] - found[0]['start_us']:12.1f} {e['us']:9.1f} {e['name'][:110]}" for e in found
+        )
         path.with_suffix(".timeline").write_text(lines)
     print(f"wrote {path}", flush=True)
 
@@ -207,7 +211,14 @@ def main() -> None:
                 for temperature in (0.0, 0.6):
                     try:
                         times = time_decode(steps, count, options.context, temperature, repeats)
-                        note(model=name, mode=mode, batch=count, context=options.context, temperature=temperature, **times)
+                        note(
+                            model=name,
+                            mode=mode,
+                            batch=count,
+                            context=options.context,
+                            temperature=temperature,
+                            **times,
+                        )
                     except Exception:  # one shape's trouble must not cost the other figures
                         traceback.print_exc()
                 if count in (options.batches[0], options.batches[-1]):
