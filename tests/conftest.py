@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -15,6 +16,9 @@ from hypothesis import settings
 # Hub clients must not look further than the disk; set before anything imports them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+# A shell starts background jobs with SIGINT ignored; a Ctrl-C that a test sends itself would then never arrive.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run: a red test stays red until somebody mends it.
 settings.register_profile("octavo", derandomize=True, deadline=None, print_blob=True)
