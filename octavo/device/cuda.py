@@ -234,10 +234,10 @@ class CudaDevice:
         return CudaGraph(graph)
 
     def memory(self) -> DeviceMemory:
-        """As the driver counts, with other processes; what torch holds without use counts as free."""
+        """As the driver counts, so other processes count too; what torch holds without use is given back first."""
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.torch_device)
-        unused = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
-        return DeviceMemory(total=total, free=free + unused)
+        return DeviceMemory(total=total, free=free)
 
     def free_unused(self) -> None:
         """Torch's cached blocks go back to the driver."""

@@ -26,11 +26,13 @@ class DummySource:
     def __init__(self, request: LoadRequest) -> None:
         self._expected = request.expected
         self._seed = request.load_config.seed
+        self._device = request.device
 
     def tensors(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | RowSlice]]:
         """See WeightSource."""
         generator = torch.Generator().manual_seed(self._seed)
-        pool = torch.randn(_POOL, generator=generator)
+        # Drawn on the host, so that they do not depend on the device; handed out from there to spare the bus.
+        pool = torch.randn(_POOL, generator=generator).to(self._device)
         scaled: dict[int, Tensor] = {}
         for name, shape in self._expected.items():
             if not wanted(name):
@@ -54,4 +56,4 @@ def _cyclic(pool: Tensor, start: int, count: int) -> Tensor:
     """``count`` values from ``start`` on, going round; a view where that is possible."""
     if start + count <= len(pool):
         return pool[start : start + count]
-    return pool[torch.arange(start, start + count) % _POOL]
+    return pool[torch.arange(start, start + count, device=pool.device) % _POOL]

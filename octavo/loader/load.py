@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 
+import torch
+
 from octavo.config.model import ModelConfig
 from octavo.config.sections import LoadConfig
 from octavo.layers.parameter import collect_slots
@@ -16,13 +18,19 @@ from octavo.models.interface import CausalLM
 logger = logging.getLogger(__name__)
 
 
-def load_weights(model: CausalLM, load_config: LoadConfig, model_config: ModelConfig) -> None:
+def load_weights(
+    model: CausalLM,
+    load_config: LoadConfig,
+    model_config: ModelConfig,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+) -> None:
     """Fill every parameter of ``model``, streaming: peak memory is the weights and a few megabytes.
 
     Args:
         model: With empty weights; its ``weight_map`` names what the checkpoint calls its parameters.
         load_config: Which source, and where.
         model_config: Of this model; GGUF needs the number of heads.
+        device: Where the parameters are.
 
     Raises:
         ConfigError: No source of that name.
@@ -30,7 +38,8 @@ def load_weights(model: CausalLM, load_config: LoadConfig, model_config: ModelCo
     """
     start_s = time.perf_counter()
     placement = Placement(collect_slots(model), model.weight_map)
-    source = open_source(load_config.load_format, LoadRequest(load_config, model_config, placement.expected()))
+    request = LoadRequest(load_config, model_config, placement.expected(), device)
+    source = open_source(load_config.load_format, request)
     num_bytes = fill(placement, source, load_config.path or load_config.model)
     logger.info(
         "loaded weights of %s (%s): %.2f GB of values in %.1f s",

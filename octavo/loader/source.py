@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from octavo.config.model import ModelConfig
@@ -41,6 +42,8 @@ class LoadRequest:
     model_config: ModelConfig
     expected: Mapping[str, tuple[int, ...]]
     """Checkpoint name to shape of everything that the model needs."""
+    device: torch.device = torch.device("cpu")
+    """Where the parameters are. A source may yield tensors there or on the host."""
 
 
 class WeightSource(Protocol):

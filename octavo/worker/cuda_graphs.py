@@ -1,4 +1,4 @@
-"""Decode steps as graphs: gather from the rows, model, head, draw and commit, recorded once per batch size and replayed.
+"""Decode steps as graphs: gather from the rows, model, head, draw and commit, recorded per batch size and replayed.
 
 What is recorded is a plain function over fixed buffers; a graph is only a faster way to call it, so there is no second
 implementation to keep equal. All that differs between two replays lies on the device: the rows of the batch
@@ -29,18 +29,18 @@ from octavo.worker.request_rows import RequestRows
 
 logger = logging.getLogger(__name__)
 
-FIRST_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Recorded at the start."""
-MAX_BUCKET = 512
-"""Larger steps are long enough to hide their launches."""
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Batch sizes that may be recorded. A request that only fills up costs a row of the products and reads no keys, so they
+may lie far apart. Larger steps are long enough to hide their launches."""
+_FIRST = 256
+"""Up to here they are recorded at the start."""
 _USES_BEFORE_CAPTURE = 3
 
 
 def make_buckets(limit: int) -> list[int]:
-    """Batch sizes that may be recorded, rising; the last one is ``limit`` or ``MAX_BUCKET``."""
-    limit = min(limit, MAX_BUCKET)
-    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, MAX_BUCKET + 1, 32)]
-    return [size for size in steps if size < limit] + [limit]
+    """Batch sizes that may be recorded for up to ``limit`` requests, rising; at least one."""
+    largest = min(limit, BUCKETS[-1])
+    return [size for size in BUCKETS if size < largest] + [largest]
 
 
 @dataclass(slots=True)
@@ -100,9 +100,9 @@ class DecodeGraphs:
 
     def warm_up(self) -> None:
         """Record the first sizes, largest first: the smaller ones then live in its memory."""
-        sizes = sorted({min(size, self._buckets[-1]) for size in FIRST_BUCKETS}, reverse=True)
-        for size in sizes:
-            self._capture(DrawKind.PLAIN, size)
+        for size in reversed(self._buckets):
+            if size <= _FIRST:
+                self._capture(DrawKind.PLAIN, size)
 
     def run(self, layout: StepLayout, kind: DrawKind) -> DecodeResult | None:
         """Run a step of single tokens; None when no recorded size fits."""

@@ -96,7 +96,7 @@ class Worker:
         )
         with torch.inference_mode():
             self._model = build_model(config.model, self._context)
-            load_weights(self._model, config.load, config.model)
+            load_weights(self._model, config.load, config.model, self._device.torch_device)
         self._groups = group_layers(layer.spec for layer in self._context.attention_layers)
         self._kv_spec = make_kv_spec(self._groups, config.cache.block_size)
         chosen = [
