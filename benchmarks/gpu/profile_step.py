@@ -2,8 +2,9 @@
 
     python benchmarks/gpu/profile_step.py OUT [--model FOLDER] [--batches 1,16,64,256] [--context 512] [--prefill 2048]
 
-Drives a Worker with plans made by hand: no scheduler, no frontend, dummy weights. Without ``--model`` it takes the shape
-of Qwen3-0.6B. Writes ``steps.jsonl`` (times) and ``kernels-*.txt`` (torch profiler) to OUT, and says everything it does.
+Drives a Worker with plans made by hand: no scheduler, no frontend, dummy weights. Without ``--model`` it takes the
+shape of Qwen3-0.6B. Writes ``steps.jsonl`` (times) and ``kernels-*.txt`` (torch profiler) to OUT, and tells what it
+does.
 Runs on a CPU as well (``--device cpu``), which is how the script itself is tested.
 """
 
