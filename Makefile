@@ -21,7 +21,7 @@ chat: ## talk to the demo model
 
 test: ## the whole test suite, without a GPU
 	@$(PYTHON) scripts/setup_env.py dev
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 check: ## formatting, lint, import order, types, spelling
 	@$(PYTHON) scripts/setup_env.py dev
