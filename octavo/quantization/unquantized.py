@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.kernels.linear import linear
 from octavo.quantization.method import LinearShape
 
 
 class Unquantized:
-    """``F.linear``."""
+    """A plain product."""
 
     name: ClassVar[str] = "none"
 
@@ -31,4 +31,4 @@ class Unquantized:
     def apply(self, shape: LinearShape, weights: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         """See QuantizationMethod."""
         assert x.shape[-1] == shape.in_features
-        return F.linear(x, weights["weight"], bias)
+        return linear(x, weights["weight"], bias)

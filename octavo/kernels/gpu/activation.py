@@ -7,16 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.gpu.launch import has_pdl, launch_options
+
 _BLOCK = 1024
 
 
 @triton.jit
 def _gated(
-    gate_up, out, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_GELU: tl.constexpr,
+    gate_up, out, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_GELU: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < SIZE
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     gate = tl.load(gate_up + row * stride + offs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + SIZE + offs, mask=mask, other=0.0).to(tl.float32)
     if IS_GELU:
@@ -33,5 +38,7 @@ def gated(gate_up: Tensor, is_gelu: bool) -> Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     block = min(_BLOCK, triton.next_power_of_2(size))
-    _gated[(rows, triton.cdiv(size, block))](gate_up, out, gate_up.stride(0), size, block, is_gelu, num_warps=4)
+    _gated[(rows, triton.cdiv(size, block))](
+        gate_up, out, gate_up.stride(0), size, block, is_gelu, has_pdl(), num_warps=4, **launch_options()
+    )
     return out

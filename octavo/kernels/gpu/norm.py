@@ -7,15 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.gpu.launch import has_pdl, launch_options
+
 
 @triton.jit
 def _add_rms_norm(
     residual, delta, weight, out, residual_stride, delta_stride, out_stride, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     mask = offs < SIZE
+    w = tl.load(weight + offs, mask=mask, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     x = tl.load(residual + row * residual_stride + offs, mask=mask, other=0.0)
     if HAS_DELTA:
         x = x.to(tl.float32) + tl.load(delta + row * delta_stride + offs, mask=mask, other=0.0).to(tl.float32)
@@ -24,7 +30,6 @@ def _add_rms_norm(
         tl.store(residual + row * residual_stride + offs, x, mask=mask)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
-    w = tl.load(weight + offs, mask=mask, other=0.0)
     normed = (wide * scale).to(out.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
     tl.store(out + row * out_stride + offs, normed.to(out.dtype.element_ty), mask=mask)
 
@@ -35,8 +40,8 @@ def _launch(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) 
     block = triton.next_power_of_2(size)
     _add_rms_norm[(rows,)](
         residual, residual if delta is None else delta, weight, out, residual.stride(0),
-        0 if delta is None else delta.stride(0), out.stride(0), eps, size, block, delta is not None,
-        num_warps=min(8, max(1, block // 512)),
+        0 if delta is None else delta.stride(0), out.stride(0), eps, size, block, delta is not None, has_pdl(),
+        num_warps=min(8, max(1, block // 512)), **launch_options(),
     )  # fmt: skip
     return out
 

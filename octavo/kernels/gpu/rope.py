@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.gpu.launch import has_pdl, launch_options
+
 _HEADS = 4
 
 
@@ -18,7 +20,7 @@ def _norm_rotate_write(
     qkv, q_weight, k_weight, table, positions, slots, k_cache, v_cache, eps, stride_token, stride_page, stride_slot,
     stride_head,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
-    HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
+    HEADS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -27,14 +29,18 @@ def _norm_rotate_write(
     at = qkv + token * stride_token + head[:, None] * D + offs[None, :]
     mask = (head < H + 2 * G)[:, None] & (offs < D)[None, :]
     is_value = (head >= H + G)[:, None]
+    if HAS_NORM:
+        wq = tl.load(q_weight + offs, mask=offs < D, other=0.0).to(tl.float32)
+        wk = tl.load(k_weight + offs, mask=offs < D, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     position = tl.load(positions + token)
     slot = tl.load(slots + token)
     x = tl.load(at, mask=mask, other=0.0)
     wide = x.to(tl.float32)
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)
-        wq = tl.load(q_weight + offs, mask=offs < D, other=0.0).to(tl.float32)
-        wk = tl.load(k_weight + offs, mask=offs < D, other=0.0).to(tl.float32)
         w = tl.where((head < H)[:, None], wq[None, :], wk[None, :])
         normed = (wide * scale[:, None]).to(dtype).to(tl.float32) * w
         wide = tl.where(is_value, wide, normed.to(dtype).to(tl.float32))
@@ -70,5 +76,5 @@ def norm_rotate_write(
         qkv, q_weight, k_weight, table, positions, slot_mapping, k_cache, v_cache, eps, qkv.stride(0),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         num_heads, num_kv_heads, size, triton.next_power_of_2(size), table.shape[1], k_cache.shape[1], _HEADS,
-        norms is not None, num_warps=1,
+        norms is not None, has_pdl(), num_warps=1, **launch_options(),
     )  # fmt: skip

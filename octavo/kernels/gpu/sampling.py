@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.gpu.launch import has_pdl, launch_options
+
 PART = 256
 _PARTS = 8
 """Parts of one program of ``_summarise``."""
@@ -63,8 +65,11 @@ def _weights(x, best):
 @triton.jit
 def _summarise(
     logits, row_index, temperature, part_max, part_sum, part_arg, stride, V,
-    NUM_PARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+    NUM_PARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     place = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) * PARTS + tl.arange(0, PARTS)
     token = part[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
@@ -98,7 +103,11 @@ def _choose(
     logits, row_index, temperature, stream, num_prompt, log_min_p, top_k, top_p, length, part_max, part_sum, part_arg,
     tokens, stride, V,
     NUM_PARTS: tl.constexpr, PAD: tl.constexpr, SIZE: tl.constexpr, HAS_FILTERS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(row_index + place)
     heat = tl.load(temperature + row)
@@ -179,8 +188,11 @@ def _search(
 def _choose_filtered(
     logits, row_index, temperature, stream, num_prompt, log_min_p, top_k, top_p, length, part_max, part_sum, scratch,
     scratch_token, tokens, thresholds, stride, V,
-    NUM_PARTS: tl.constexpr, PAD: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
+    NUM_PARTS: tl.constexpr, PAD: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(row_index + place)
     heat = tl.load(temperature + row)
@@ -305,13 +317,13 @@ def draw_rows(
     stride = logits_LV.stride(0)
     _summarise[(rows, triton.cdiv(num_parts, _PARTS))](
         logits_LV, row_index_L, temperature, part_max, part_sum, part_arg, stride, vocab_size, num_parts, _PARTS, PART,
-        num_warps=4,
+        has_pdl(), num_warps=4, **launch_options(),
     )  # fmt: skip
     columns = (row_index_L, temperature, stream, num_prompt, log_min_p, top_k, top_p, length_L)
     pad = max(16, triton.next_power_of_2(num_parts))
     _choose[(rows,)](
         logits_LV, *columns, part_max, part_sum, part_arg, tokens, stride, vocab_size, num_parts, pad, PART,
-        has_filters, num_warps=4,
+        has_filters, has_pdl(), num_warps=4, **launch_options(),
     )  # fmt: skip
     if not has_filters:
         return tokens, None
@@ -320,6 +332,6 @@ def draw_rows(
     scratch_token = torch.empty((rows, _CANDIDATES), dtype=torch.int32, device=device)
     _choose_filtered[(rows,)](
         logits_LV, *columns, part_max, part_sum, scratch, scratch_token, tokens, thresholds, stride, vocab_size,
-        num_parts, pad, PART, _CANDIDATES, num_warps=8,
+        num_parts, pad, PART, _CANDIDATES, has_pdl(), num_warps=8, **launch_options(),
     )  # fmt: skip
     return tokens, thresholds
