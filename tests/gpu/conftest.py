@@ -38,6 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.filterwarnings("default"))  # of torch and Triton, not ours to mend
             if not has_gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 

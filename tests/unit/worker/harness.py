@@ -18,9 +18,11 @@ from octavo.sampling.logits_processor import ProcessorContext
 from octavo.sampling.registry import load_processors
 from octavo.sampling.sampler import Sampler
 from octavo.worker.block_tables import BlockTables
+from octavo.worker.cuda_graphs import DecodeGraphs
 from octavo.worker.input_batch import InputBatch
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.outputs import PendingOutput
+from octavo.worker.plain_sampling import PlainSampling
 from octavo.worker.request_rows import RequestRows
 
 VOCAB = 97
@@ -68,11 +70,16 @@ class HistoryModel:
         self.largest_logits = 0
         self.broken_token = -1
         """Text whose last token is this one gets NaN logits."""
+        self.is_recorded = False
+        """Whether steps may be recorded ones."""
 
     def forward(self, batch: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
         shape = batch.shape
         assert shape.num_tokens == len(batch.input_ids) == sum(shape.query_lens)
-        assert batch.seq_lens.tolist() == list(shape.seq_lens)
+        # A recorded step knows upper bounds only, and is filled up with requests of length 0.
+        lens = batch.seq_lens.tolist()
+        assert all(length <= bound for length, bound in zip(lens, shape.seq_lens, strict=True))
+        assert all(length == bound or self.is_recorded for length, bound in zip(lens, shape.seq_lens, strict=True))
         said: list[list[int]] = []
         for cache, meta in zip(self.caches, batch.metadata, strict=True):
             written = meta.slot_mapping >= 0
@@ -84,7 +91,11 @@ class HistoryModel:
     def _say(self, cache: Tensor, table: Tensor, batch: ForwardBatch) -> list[int]:
         starts = batch.query_start_loc.tolist()
         tokens: list[int] = []
-        for i, seq_len in enumerate(batch.shape.seq_lens):
+        for i, seq_len in enumerate(batch.seq_lens.tolist()):
+            if seq_len == 0:
+                assert int(batch.metadata[0].slot_mapping[starts[i]]) == -1 and starts[i + 1] - starts[i] == 1
+                tokens.append(-1)
+                continue
             history = cache[table[i].long()].flatten()[:seq_len].tolist()
             for place in range(starts[i], starts[i + 1]):
                 position = int(batch.positions[place])
@@ -115,18 +126,29 @@ class LittleEngine:
         max_logits_rows: int = ROWS,
         processors: tuple[str, ...] = (),
         mode: str = "raw_logprobs",
+        device: CpuDevice | None = None,
     ) -> None:
-        device = CpuDevice()
+        """``device``: one that says it has graphs gets them."""
+        device = device or CpuDevice()
         self.model = HistoryModel(num_groups, num_blocks)
         rows = RequestRows(ROWS, MAX_LEN, device)
         tables = BlockTables(num_groups, ROWS, MAX_LEN, BLOCK, device)
         spec = AttentionSpec(1, 1, 1, BLOCK, torch.float32, torch.float32, 1.0)
-        inputs = InputBatch(rows, tables, [PlainBackend(spec) for _ in range(num_groups)], device)
+        backends = [PlainBackend(spec) for _ in range(num_groups)]
+        inputs = InputBatch(rows, tables, backends, device)
         context = ProcessorContext(VOCAB, ROWS, device.torch_device, rows.token_ids, torch.zeros(ROWS).long())
         self.sampler = Sampler(context, mode, load_processors(processors, context))
+        self.graphs = plain = None
+        if device.has_graphs:
+            self.model.is_recorded = True
+            plain = PlainSampling(ROWS, VOCAB, device, has_processors=bool(processors))
+            self.graphs = DecodeGraphs(
+                self.model, rows, tables, backends, plain, device, max_num_seqs=ROWS, max_model_len=MAX_LEN
+            )
         self.runner = ModelRunner(
-            self.model, rows, tables, inputs, self.sampler, device, vocab_size=VOCAB, max_logits_rows=max_logits_rows
-        )
+            self.model, rows, tables, inputs, self.sampler, device, vocab_size=VOCAB, max_logits_rows=max_logits_rows,
+            plain=plain, graphs=self.graphs,
+        )  # fmt: skip
         self.rows = rows
         self.num_groups = num_groups
         generator = torch.Generator().manual_seed(0)
