@@ -12,8 +12,6 @@ from octavo.attention.backend import AttentionBackend, AttentionSpec
 from octavo.errors import ConfigError
 from octavo.utils.registry import Registry
 
-_NOT_YET = "it is not implemented in this version; on a GPU use TRITON_ATTN"
-
 BACKENDS = Registry(
     "attention backend",
     "attention_backend",
@@ -22,6 +20,10 @@ BACKENDS = Registry(
         "CPU_PAGED": "octavo.attention.cpu_paged:CpuPagedBackend",
         "TORCH_SDPA": "octavo.attention.torch_sdpa:TorchSdpaBackend",
         "TRITON_ATTN": "octavo.attention.triton:TritonBackend",
+        "FLASH_ATTN": "octavo.attention.flash_attn:FlashAttnBackend",
+        "FLEX_ATTENTION": "octavo.attention.flex:FlexBackend",
+        "FLASHINFER": "octavo.attention.flashinfer:FlashInferBackend",
+        "XFORMERS": "octavo.attention.xformers:XformersBackend",
     },
     aliases={
         "TRITON": "TRITON_ATTN",
@@ -29,12 +31,9 @@ BACKENDS = Registry(
         "SDPA": "TORCH_SDPA",
         "TORCH": "TORCH_SDPA",
         "TORCH_NATIVE": "TORCH_SDPA",
-    },
-    absent={
-        "FLASH_ATTN": _NOT_YET,
-        "FLASHINFER": _NOT_YET,
-        "FLEX_ATTENTION": "it is not implemented in this version",
-        "XFORMERS": "it is not implemented in this version; TORCH_SDPA uses the same algorithm",
+        "FLASH_ATTN_VLLM_V1": "FLASH_ATTN",
+        "FLEX": "FLEX_ATTENTION",
+        "FA3": "FLASH_ATTN",
     },
     normalise=str.upper,
 )
@@ -95,5 +94,4 @@ def _candidate(name: str, spec: AttentionSpec, device_type: str) -> tuple[type[A
 
 def _describe(candidates: dict[str, tuple[type[AttentionBackend] | None, str | None]]) -> str:
     described = [f"{name}: {reason or 'usable'}" for name, (_, reason) in candidates.items()]
-    described += [f"{name}: {reason}" for name, reason in BACKENDS.absent.items()]
     return "; ".join(described)

@@ -63,11 +63,13 @@ def check_batch(
             check_backend(backend_class(spec), spec, work, scattered=scattered, padding=padding, seed=seed)
 
 
-def check_backend(backend, spec, work, *, scattered, padding, seed):
+def check_backend(
+    backend, spec, work, *, scattered, padding=0, seed=0, device="cpu", fill=float("nan"), atol=2e-5, rtol=1e-4
+):
     generator = torch.Generator().manual_seed(seed)
 
     def random_tensor(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(spec.dtype).float()
 
     size = spec.block_size
     blocks_needed = [-(-(past + new) // size) for past, new in work]
@@ -78,7 +80,7 @@ def check_backend(backend, spec, work, *, scattered, padding, seed):
     tables = torch.zeros(len(work), max(blocks_needed) + 1, dtype=torch.int32)
     for row, blocks in enumerate(ids[: sum(blocks_needed)].split(blocks_needed)):
         tables[row, : len(blocks)] = blocks
-    cache = torch.full(backend.kv_shape(num_blocks), float("nan"), dtype=spec.kv_dtype)
+    cache = torch.full(backend.kv_shape(num_blocks), fill, dtype=spec.kv_dtype, device=device)
     keys, values, queries, slots = [], [], [], []
     past_k, past_v, past_slots = [], [], []
     for row, (past, new) in enumerate(work):
@@ -96,11 +98,13 @@ def check_backend(backend, spec, work, *, scattered, padding, seed):
     start_loc = torch.tensor([0, *new_tokens]).cumsum(0).int()
     mapping = torch.cat([*slots, torch.full((padding,), -1)])
     step = StepShape(sum(new_tokens), len(work), max(new_tokens), max(seq_lens), tuple(new_tokens), tuple(seq_lens))
-    meta = backend.plan(step, start_loc, torch.tensor(seq_lens, dtype=torch.int32), tables, mapping)
+    lens = torch.tensor(seq_lens, dtype=torch.int32)
+    meta = backend.plan(step, start_loc.to(device), lens.to(device), tables.to(device), mapping.to(device))
     pad = torch.zeros(padding, spec.num_kv_heads, spec.head_dim)
     q = torch.cat([*queries, torch.zeros(padding, spec.num_heads, spec.head_dim)])
     k = torch.cat([*(k[past:] for k, (past, _) in zip(keys, work, strict=True)), pad])
     v = torch.cat([*(v[past:] for v, (past, _) in zip(values, work, strict=True)), pad])
+    q, k, v = (each.to(device, spec.dtype) for each in (q, k, v))
     out = torch.full_like(q, float("nan"))
     cache_before = cache.clone()
     backend.write(k, v, cache, meta)
@@ -108,9 +112,9 @@ def check_backend(backend, spec, work, *, scattered, padding, seed):
     start = 0
     for row, (_, new) in enumerate(work):
         expected = dense(queries[row], keys[row], values[row], spec)
-        torch.testing.assert_close(out[start : start + new], expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out[start : start + new].cpu().float(), expected, atol=atol, rtol=rtol)
         start += new
-    # New slots were NaN: exactly their values have changed, nothing else.
+    # New slots were NaN or zero: exactly their values have changed, nothing else.
     is_same = (cache == cache_before) | (cache.isnan() & cache_before.isnan())
     assert int((~is_same).sum()) == sum(new_tokens) * 2 * spec.num_kv_heads * spec.head_dim
 
@@ -121,10 +125,13 @@ def write(backend, num_heads, k, v, slots, cache):
     if not count:
         return
     ones = (1,) * count
-    tables = (slots // SPEC.block_size).int()[:, None]
+    device, spec = cache.device, backend._spec if hasattr(backend, "_spec") else SPEC
+    slots, k, v = slots.to(device), k.to(device, spec.dtype), v.to(device, spec.dtype)
+    tables = (slots // spec.block_size).int()[:, None]
     step = StepShape(count, count, 1, 1, ones, ones)
-    meta = backend.plan(step, torch.arange(count + 1).int(), torch.ones(count).int(), tables, slots)
-    q = torch.zeros(count, num_heads, k.shape[-1])
+    starts, lens = torch.arange(count + 1).int().to(device), torch.ones(count).int().to(device)
+    meta = backend.plan(step, starts, lens, tables, slots)
+    q = torch.zeros(count, num_heads, k.shape[-1], dtype=spec.dtype, device=device)
     backend.write(k, v, cache, meta)
     backend.attend(q, k, v, cache, meta, torch.empty_like(q))
 
