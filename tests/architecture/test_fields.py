@@ -34,7 +34,6 @@ FOR_OTHERS = {"extra_args"}
 REFUSED_ARGUMENTS: dict[str, Any] = {"trust_remote_code": True}
 
 RESERVED = {
-    "enforce_eager": "a CPU computes eagerly anyway; read by captured graphs when the GPU comes",
     "lora_slot": "adapters",
     "num_draft_tokens": "speculative decoding",
     "copies": "the host tier of the KV cache",
