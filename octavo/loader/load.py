@@ -9,6 +9,7 @@ import torch
 
 from octavo.config.model import ModelConfig
 from octavo.config.sections import LoadConfig
+from octavo.device.device import Device
 from octavo.layers.parameter import collect_slots
 from octavo.loader.mapping import Placement, fill
 from octavo.loader.registry import open_source
@@ -22,7 +23,7 @@ def load_weights(
     model: CausalLM,
     load_config: LoadConfig,
     model_config: ModelConfig,
-    device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+    device: Device | None = None,
 ) -> None:
     """Fill every parameter of ``model``, streaming: peak memory is the weights and a few megabytes.
 
@@ -30,7 +31,7 @@ def load_weights(
         model: With empty weights; its ``weight_map`` names what the checkpoint calls its parameters.
         load_config: Which source, and where.
         model_config: Of this model; GGUF needs the number of heads.
-        device: Where the parameters are.
+        device: Where the parameters are, and what brings tensors there without waiting; None for the host.
 
     Raises:
         ConfigError: No source of that name.
@@ -38,9 +39,10 @@ def load_weights(
     """
     start_s = time.perf_counter()
     placement = Placement(collect_slots(model), model.weight_map)
-    request = LoadRequest(load_config, model_config, placement.expected(), device)
+    torch_device = torch.device("cpu") if device is None else device.torch_device
+    request = LoadRequest(load_config, model_config, placement.expected(), torch_device)
     source = open_source(load_config.load_format, request)
-    num_bytes = fill(placement, source, load_config.path or load_config.model)
+    num_bytes = fill(placement, source, load_config.path or load_config.model, device)
     logger.info(
         "loaded weights of %s (%s): %.2f GB of values in %.1f s",
         load_config.model, load_config.load_format, num_bytes / 1e9, time.perf_counter() - start_s,

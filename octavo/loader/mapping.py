@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.device.device import Device
 from octavo.errors import CheckpointError, OctavoError
 from octavo.layers.parameter import ParameterSlot
 from octavo.loader.source import RowSlice, WeightSource
@@ -106,13 +107,14 @@ class Placement:
         return name
 
 
-def fill(placement: Placement, source: WeightSource, origin: str) -> int:
+def fill(placement: Placement, source: WeightSource, origin: str, device: Device | None = None) -> int:
     """Stream everything that ``source`` yields into its place.
 
     Args:
         placement: Where tensors go.
         source: Where they come from.
         origin: File or folder named in errors.
+        device: Brings pieces that lie on the host to where the parameters are; None copies them directly.
 
     Returns:
         Bytes that arrived, as the checkpoint's values count after decoding.
@@ -130,7 +132,7 @@ def fill(placement: Placement, source: WeightSource, origin: str) -> int:
 
     num_bytes = 0
     for name, piece in source.tensors(wanted):
-        num_bytes += _place(placement, name, piece, origin)
+        num_bytes += _place(placement, name, piece, origin, device)
     missing = placement.missing()
     if missing:
         more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
@@ -140,7 +142,7 @@ def fill(placement: Placement, source: WeightSource, origin: str) -> int:
     return num_bytes
 
 
-def _place(placement: Placement, name: str, piece: Tensor | RowSlice, origin: str) -> int:
+def _place(placement: Placement, name: str, piece: Tensor | RowSlice, origin: str, device: Device | None = None) -> int:
     place = placement.find(name)
     if place is None:
         raise CheckpointError(origin, "the model has no such parameter", tensor=name)
@@ -153,6 +155,8 @@ def _place(placement: Placement, name: str, piece: Tensor | RowSlice, origin: st
     if tensor.dtype not in _FLOATS:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise CheckpointError(origin, f"has type {kind}, but plain weights must be floats", tensor=name)
+    if device is not None and tensor.device != device.torch_device:
+        tensor = device.upload(tensor)
     try:
         place.slot.load(tensor, place.shard, start)
     except OctavoError:

@@ -27,7 +27,7 @@ class BlockTables:
         self._device = device
         self.block_size = block_size
         # One more than the length needs: the token drawn when a text is full has a position, but never a slot.
-        self.width = -(-max_model_len // block_size) + 1
+        self.width = _round_up(-(-max_model_len // block_size) + 1)
         self.tables = [device.zeros((max_num_seqs + 1, self.width), torch.int32) for _ in range(num_groups)]
         self._num_blocks = np.zeros((num_groups, max_num_seqs), np.int64)
 
@@ -60,8 +60,8 @@ class BlockTables:
         return column
 
     def gather(self, row_index: Tensor, max_seq_len: int) -> list[Tensor]:
-        """Per group ``[B, ceil(max_seq_len / block_size)]`` int32: the tables of the rows of a step."""
-        width = -(-max_seq_len // self.block_size)
+        """Per group ``[B, max_blocks]`` int32, wide enough for ``max_seq_len``: the tables of the rows of a step."""
+        width = _round_up(-(-max_seq_len // self.block_size))
         return [table[:, :width].index_select(0, row_index) for table in self.tables]
 
     def slots(self, table_base: Tensor, positions: Tensor) -> list[Tensor]:
@@ -77,3 +77,8 @@ class BlockTables:
         return [
             torch.add(offset, table.view(-1).index_select(0, place), alpha=self.block_size) for table in self.tables
         ]
+
+
+def _round_up(width: int) -> int:
+    """Kernels are compiled anew for strides that are no multiple of 16."""
+    return -(-width // 16) * 16

@@ -249,11 +249,16 @@ class ModelRunner:
             pending.add_sampled(sampled.positions[piece], output)
 
     def warm_up(self, num_tokens: int) -> None:
-        """Run a step of this length over row 0 without writing keys and values, and draw greedily."""
+        """Run a step of this length over row 0 without writing keys and values, and draw in every way."""
         plan = SchedulerOutput(step_id=-1, removed_rows=[], new_rows=[], rows=[0], num_scheduled_tokens=[num_tokens])
         inputs = self._inputs.build(plan, is_dry=True)
         hidden = self._model.forward(inputs.batch)
-        self._model.compute_logits(hidden[-1:]).argmax(dim=1)
+        logits = self._model.compute_logits(hidden[-1:])
+        if self._plain is None:
+            logits.argmax(dim=1)
+            return
+        for kind in (DrawKind.PLAIN, DrawKind.FILTERED):
+            self._plain.draw(kind, logits, inputs.layout.row_index, inputs.lengths)
 
     def record_graphs(self) -> None:
         """Record the first decode steps, where there are graphs."""

@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = (1, 8)
 """Lengths run once before the first request: operators choose and prepare their kernels by shape."""
+_GPU_WARM_UP_TOKENS = (1, 8, 64, 1024)
+"""Kernels for few and for many rows differ; each is compiled or loaded at its first use."""
 
 
 @dataclass(slots=True)
@@ -96,7 +98,7 @@ class Worker:
         )
         with torch.inference_mode():
             self._model = build_model(config.model, self._context)
-            load_weights(self._model, config.load, config.model, self._device.torch_device)
+            load_weights(self._model, config.load, config.model, self._device)
         self._groups = group_layers(layer.spec for layer in self._context.attention_layers)
         self._kv_spec = make_kv_spec(self._groups, config.cache.block_size)
         chosen = [
@@ -201,7 +203,7 @@ class Worker:
         """Run the model on short dummy steps, so that the first request does not pay for preparations."""
         limits = self._config.scheduler
         with torch.inference_mode():
-            for num_tokens in _WARM_UP_TOKENS:
+            for num_tokens in _GPU_WARM_UP_TOKENS if self._device.is_asynchronous else _WARM_UP_TOKENS:
                 if num_tokens <= min(limits.max_num_batched_tokens, limits.max_model_len):
                     self._ready().warm_up(num_tokens)
             before = self._device.memory()

@@ -39,7 +39,7 @@ class WorkList:
     """Key tokens a program loads at a time; parts begin at its multiples."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs", "target_items"])
 def _work_list(
     query_start_loc, seq_lens, items, num_items, first_slot, num_parts, num_reqs, target_items,
     WINDOW: tl.constexpr, TILE: tl.constexpr, MIN_PART: tl.constexpr, FIELDS: tl.constexpr, B_PAD: tl.constexpr,

@@ -9,7 +9,7 @@ from torch import Tensor
 _COLUMNS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dummy_row"])
 def _gather(
     row_index, num_computed, token_ids, table, input_ids, positions, lengths, seq_lens, slots, block_table,
     history_stride, table_stride, out_stride, dummy_row,
@@ -35,7 +35,7 @@ def _gather(
         tl.store(block_table + i.to(tl.int64) * out_stride + columns, ids, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs", "dummy_row"])
 def _commit(
     row_index, num_computed, token_ids, tokens, drawn, num_reqs, history_stride, dummy_row,
     HAS_TOKENS: tl.constexpr, B: tl.constexpr,
