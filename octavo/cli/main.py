@@ -19,7 +19,8 @@ from octavo.utils.text import did_you_mean
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("octavo.cli.generate:main", "Answer one or many prompts and leave."),
     "chat": ("octavo.cli.chat:main", "Talk with a model in the terminal."),
-    "bench": ("octavo.cli.bench:main", "Measure latency or throughput."),
+    "bench": ("octavo.cli.bench:main", "Measure latency, throughput, or fixed workloads."),
+    "attention": ("octavo.cli.attention:main", "List the attention backends, and measure them."),
     "collect-env": ("octavo.cli.collect_env:main", "Describe this machine and installation, for bug reports."),
 }
 ABSENT: Mapping[str, str] = {
