@@ -18,7 +18,7 @@ from octavo.attention.backend import AttentionSpec
 from octavo.batch import AttentionMetadata, StepShape
 from octavo.kernels.attention.decode import WorkList, decode_attention, decode_tile, make_work_list
 from octavo.kernels.attention.kv_write import kv_write
-from octavo.kernels.attention.prefill import PrefillShape, prefill_attention, upload_tiles
+from octavo.kernels.attention.prefill import PrefillShape, make_tile_list, prefill_attention
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INTERPRETER_SMS = 4
@@ -78,7 +78,8 @@ class TritonBackend:
                 query_start_loc, seq_lens, spec.num_kv_heads, _count_sms(device), tile, spec.sliding_window
             )
         if step.max_query_len > 1:
-            tiles = upload_tiles(self._prefill.cut(step.query_lens, step.seq_lens), device)
+            num_tiles = self._prefill.num_tiles(step.query_lens)
+            tiles = make_tile_list(query_start_loc, seq_lens, self._prefill, num_tiles)
         return TritonMetadata(slot_mapping, block_table, query_start_loc, work, tiles)
 
     def kv_views(self, cache: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -144,23 +143,51 @@ class PrefillShape:
         """Queries in a tile."""
         return self.rows // self.pack
 
-    def cut(self, query_lens: Sequence[int], seq_lens: Sequence[int]) -> np.ndarray:
-        """``[num_tiles, 4]`` int32: request, first token of the step, tokens, position of the first.
+    def num_tiles(self, query_lens: Sequence[int]) -> int:
+        """Tiles of a step. Requests with one query are the decode kernel's."""
+        return sum(-(-length // self.tokens) for length in query_lens if length > 1)
 
-        Requests with one query are the decode kernel's. Tiles with long histories come first, so that none of them is
-        left over at the end.
-        """
-        starts = np.cumsum([0, *query_lens[:-1]]) if query_lens else np.zeros(0, np.int64)
-        tiles: list[np.ndarray] = []
-        for request, (start, length, seq_len) in enumerate(zip(starts, query_lens, seq_lens, strict=True)):
-            if length > 1:
-                first = np.arange(0, length, self.tokens)
-                fields = (np.full(len(first), request), start + first, length - first, seq_len - length + first)
-                tiles.append(np.stack(fields, axis=1))
-        if not tiles:
-            return np.zeros((0, 4), np.int32)
-        cut = np.concatenate(tiles).astype(np.int32)
-        return cut[np.argsort(-cut[:, 3], kind="stable")]
+
+@triton.jit(do_not_specialize=["num_reqs"])
+def _tile_list(query_start_loc, seq_lens, tiles, num_reqs, TOKENS: tl.constexpr, B_PAD: tl.constexpr):
+    request = tl.program_id(0)
+    index = tl.arange(0, B_PAD)
+    start = tl.load(query_start_loc + index, mask=index < num_reqs, other=0)
+    end = tl.load(query_start_loc + index + 1, mask=index < num_reqs, other=0)
+    counts = tl.where(end - start > 1, (end - start + TOKENS - 1) // TOKENS, 0)
+    place = tl.sum(tl.where(index < request, counts, 0), 0)
+    count = tl.sum(tl.where(index == request, counts, 0), 0)
+    first = tl.load(query_start_loc + request)
+    length = tl.load(query_start_loc + request + 1) - first
+    history = tl.load(seq_lens + request) - length
+    for low in range(0, count, 128):
+        number = low + tl.arange(0, 128)
+        # The last tile sees most keys: it begins first, so that it is not left over at the end.
+        token = (count - 1 - number) * TOKENS
+        mask = number < count
+        at = tiles + (place + number) * 4
+        tl.store(at, tl.zeros_like(number) + request, mask=mask)
+        tl.store(at + 1, first + token, mask=mask)
+        tl.store(at + 2, length - token, mask=mask)
+        tl.store(at + 3, history + token, mask=mask)
+
+
+def make_tile_list(query_start_loc: Tensor, seq_lens: Tensor, shape: PrefillShape, num_tiles: int) -> Tensor:
+    """``[num_tiles, 4]`` int32: request, first token of the step, tokens up to its end, position of the first.
+
+    Made on the device, so that no step waits for pinned memory. One launch.
+
+    Args:
+        query_start_loc: ``[B + 1]`` int32.
+        seq_lens: ``[B]`` int32, the queries included.
+        shape: Tile sizes.
+        num_tiles: ``shape.num_tiles`` of the step.
+    """
+    tiles = torch.empty((num_tiles, 4), dtype=torch.int32, device=seq_lens.device)
+    num_reqs = len(seq_lens)
+    b_pad = max(16, triton.next_power_of_2(num_reqs))
+    _tile_list[(num_reqs,)](query_start_loc, seq_lens, tiles, num_reqs, shape.tokens, b_pad, num_warps=4)
+    return tiles
 
 
 def prefill_attention(
@@ -173,7 +200,7 @@ def prefill_attention(
         q_THD: ``[T, H, D]``, last dimension contiguous.
         cache_NKGPD: ``[N, 2, G, P, D]``, this step's keys and values written.
         block_table: ``[B, max_blocks]`` int32.
-        tiles: ``[num_tiles, 4]`` int32 on the device, from ``shape.cut``.
+        tiles: ``[num_tiles, 4]`` int32 from ``make_tile_list``.
         shape: Tile sizes.
         out_THD: As ``q_THD``; written.
         scale: Multiplies the products.
@@ -194,9 +221,3 @@ def prefill_attention(
         use_tma, window or 0, softcap is not None, "tf32" if is_half else "ieee", shape.stages,
         num_warps=shape.num_warps,
     )  # fmt: skip
-
-
-def upload_tiles(tiles: np.ndarray, device: torch.device) -> Tensor:
-    """To the device without waiting; pinned, so that the copy really is asynchronous."""
-    host = torch.from_numpy(tiles)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
