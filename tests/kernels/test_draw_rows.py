@@ -24,7 +24,7 @@ from octavo.kernels.sampling.rows import RowColumns, draw_rows_ref  # noqa: E402
 
 # Triton 3.6's interpreter on NumPy 2, whose integers warn when they wrap.
 pytestmark = [
-    pytest.mark.gpu,
+    *([] if IS_INTERPRETED else [pytest.mark.gpu]),
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
 ]

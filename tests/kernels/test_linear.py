@@ -21,7 +21,10 @@ from octavo.kernels.linear import linear_ref  # noqa: E402
 from octavo.kernels.skinny import SkinnyPlan, choose_plan  # noqa: E402
 
 # Triton 3.6's interpreter on NumPy 2.
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]
+pytestmark = [
+    *([] if IS_INTERPRETED else [pytest.mark.gpu]),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 # The interpreter computes bfloat16 products wrongly (Triton 3.6), so it is tested in float16 there.
 DTYPES = [torch.float16] if IS_INTERPRETED else [torch.float16, torch.bfloat16]

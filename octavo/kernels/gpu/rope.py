@@ -15,7 +15,7 @@ from octavo.kernels.gpu.launch import has_pdl, launch_options
 _HEADS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def _norm_rotate_write(
     qkv, q_weight, k_weight, table, positions, slots, k_cache, v_cache, eps, stride_token, stride_page, stride_slot,
     stride_head,

@@ -24,6 +24,8 @@ _PARTS = 8
 _CANDIDATES = 4096
 """Tokens that ``_choose_filtered`` holds in registers; a wider set is read again at every step of the bisection."""
 _NO_TOKEN = tl.constexpr(0x7FFFFFFF)
+_COLUMNS = ["row_index", "temperature", "stream", "num_prompt", "log_min_p", "top_k", "top_p", "length", "tokens"]
+"""Read one number at a time, so their alignment is no reason to compile anew."""
 
 
 @triton.jit
@@ -62,7 +64,7 @@ def _weights(x, best):
     return tl.where(x == best, 1.0, tl.exp(x - tl.where(best == float("-inf"), 0.0, best)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def _summarise(
     logits, row_index, temperature, part_max, part_sum, part_arg, stride, V,
     NUM_PARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
@@ -98,7 +100,7 @@ def _total(part_max, part_sum, place, NUM_PARTS: tl.constexpr, PAD: tl.constexpr
     return maxima, best, tl.where(sums == 0.0, 0.0, weights)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def _choose(
     logits, row_index, temperature, stream, num_prompt, log_min_p, top_k, top_p, length, part_max, part_sum, part_arg,
     tokens, stride, V,
@@ -184,7 +186,7 @@ def _search(
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def _choose_filtered(
     logits, row_index, temperature, stream, num_prompt, log_min_p, top_k, top_p, length, part_max, part_sum, scratch,
     scratch_token, tokens, thresholds, stride, V,

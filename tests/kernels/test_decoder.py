@@ -1,0 +1,109 @@
+"""A whole decoder by the GPU's kernels in Triton's interpreter against the same decoder by the CPU's.
+
+Red when a layer hands a kernel another shape, stride, order or place in the cache than the kernel expects. On a GPU
+``tests/gpu`` says the same of the whole engine.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from octavo.attention.triton import TritonBackend  # noqa: E402
+from octavo.config.model import ModelConfig, RopeConfig  # noqa: E402
+from octavo.kernels.gpu import activation, linear, norm, rope  # noqa: E402
+from octavo.kernels.skinny import choose_plan  # noqa: E402
+from octavo.layers.parameter import collect_slots  # noqa: E402
+from tests.models.harness import PagedModel  # noqa: E402
+
+# Triton 3.6's interpreter on NumPy 2; a sigmoid whose exponential overflows is 0, as it should be.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
+CONFIGS = {
+    "llama": ModelConfig(
+        "LlamaForCausalLM", vocab_size=128, hidden_size=128, intermediate_size=192, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=32, max_position_embeddings=64, rms_norm_eps=1e-5, rope=RopeConfig(),
+        attention_bias=True,
+    ),
+    "qwen3": ModelConfig(
+        "Qwen3ForCausalLM", vocab_size=100, hidden_size=128, intermediate_size=160, num_layers=2, num_heads=2,
+        num_kv_heads=1, head_dim=64, max_position_embeddings=64, rms_norm_eps=1e-5, rope=RopeConfig(),
+        tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+def load_random(paged: PagedModel) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for slot in collect_slots(paged.model).values():
+        for shard in slot.missing():
+            name = None if shard == "weight" else shard
+            shape = slot.expected_shape(name)
+            tensor = torch.randn(shape, generator=generator) * (0.1 if len(shape) > 1 else 0.3) + (len(shape) == 1)
+            slot.load(tensor, name)
+
+
+def run(paged: PagedModel) -> torch.Tensor:
+    """Logits of a prompt, of a step that mixes decode and prompt, and of a step of decodes."""
+    load_random(paged)
+    first = paged.step({0: [5, 9, 11]})
+    second = paged.step({0: [3], 1: [7, 2]})
+    third = paged.step({1: [1], 0: [4]})
+    return torch.cat([*first.values(), *second.values(), *third.values()])
+
+
+def use_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Put the Triton kernels where the layers call; returns the names of those that were called, in order."""
+    calls: list[str] = []
+
+    def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        calls.append("linear")
+        plan = choose_plan(len(x), *weight.shape)
+        if plan is None:
+            return torch.nn.functional.linear(x, weight, bias)
+        return linear.linear(x, weight, bias, plan)
+
+    def put(target: str, name: str, function: object) -> None:
+        def wrapped(*args: object) -> object:
+            calls.append(name)
+            return function(*args)  # type: ignore[operator]
+
+        monkeypatch.setattr(target, wrapped)
+
+    put("octavo.layers.norm.rms_norm", "norm", norm.rms_norm)
+    put("octavo.layers.norm.add_rms_norm", "add+norm", norm.add_rms_norm)
+    put(
+        "octavo.layers.attention.norm_rotate_write",
+        "rotate+write",
+        lambda qkv, h, g, norms, table, *rest: rope.norm_rotate_write(
+            qkv, h, g, norms, torch.view_as_real(table), *rest
+        ),
+    )
+    monkeypatch.setattr("octavo.quantization.unquantized.linear", multiply)
+
+    def act(gate_up: torch.Tensor) -> torch.Tensor:
+        calls.append("act")
+        return activation.gated(gate_up, is_gelu=False)
+
+    monkeypatch.setitem(__import__("octavo.layers.activation", fromlist=["_GATED"])._GATED, "silu", act)
+    return calls
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(PagedModel(CONFIGS[name], num_blocks=6, scattered=True))
+    calls = use_gpu_kernels(monkeypatch)
+    monkeypatch.setattr("tests.models.harness.TorchSdpaBackend", TritonBackend)
+    result = run(PagedModel(CONFIGS[name], num_blocks=6, scattered=True))
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    layer = ["linear", "rotate+write", "linear", "add+norm", "linear", "act", "linear", "add+norm"]
+    # Attention itself is not counted: one launch for prompts; two for decodes.
+    assert calls == ["norm", *layer, *layer, "linear"] * 3
