@@ -189,7 +189,8 @@ class ModelRunner:
 
     def _launch_part(self, plan: SchedulerOutput, num_refused: int, times: tuple[Event, Event]) -> LaunchedStep:
         num_run = len(plan.rows) - num_refused
-        assert num_run > 0, "somebody must run"
+        if num_run == 0:
+            return self._launch_nothing(plan, times)
         part = SchedulerOutput(
             step_id=plan.step_id,
             removed_rows=[],
@@ -202,6 +203,24 @@ class ModelRunner:
         times[1].record()
         errors = dict.fromkeys(range(num_run, len(plan.rows)), OUT_OF_MEMORY_MESSAGE)
         return replace(step, num_reqs=len(plan.rows), errors=errors)
+
+    def _launch_nothing(self, plan: SchedulerOutput, times: tuple[Event, Event]) -> LaunchedStep:
+        self._rows.skip(plan.rows, plan.num_scheduled_tokens)
+        times[1].record()
+        nobody = self._inputs.sampled_of(self._inputs.layout_of(plan), np.zeros(0, np.int64))
+        return LaunchedStep(
+            step_id=plan.step_id,
+            num_reqs=len(plan.rows),
+            sampled=nobody,
+            lengths=None,
+            max_seq_len=0,
+            tokens=nobody.row_index,
+            logits=None,
+            hidden=None,
+            prompt_logprobs=[],
+            times=times,
+            errors=dict.fromkeys(range(len(plan.rows)), OUT_OF_MEMORY_MESSAGE),
+        )
 
     def complete(self, step: LaunchedStep, mask: bytes | None) -> PendingOutput:
         """Draw the step's tokens, write them to the rows and start the copies to the host.

@@ -266,9 +266,8 @@ class Worker:
                 return runner.launch(plan, num_refused)
             except torch.OutOfMemoryError as error:
                 self._device.synchronize()
-                if has_freed:
-                    num_refused += 1
-                if num_refused >= len(plan.rows):
+                num_refused += has_freed
+                if num_refused > len(plan.rows):
                     raise
                 has_freed = True
                 logger.warning("out of memory in a step of %d requests: %s", len(plan.rows) - num_refused, error)
