@@ -97,7 +97,8 @@ def test_filters(vocab_size: int, scale: float) -> None:
     assert thresholds is not None
     assert thresholds[4] == thresholds[5] == float("-inf"), "a greedy row and one without filters have no threshold"
     for row in (0, 1, 2, 3, 6):
-        assert torch.equal(scaled[row] >= thresholds[row], kept[row]), row
+        # A GPU divides by the temperature with an error of its own; the logits lie 1/64 apart.
+        assert torch.equal(scaled[row] >= thresholds[row] - 1e-4, kept[row]), row
     assert tokens.tolist() == expected.tolist()
 
 

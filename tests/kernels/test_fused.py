@@ -30,7 +30,7 @@ pytestmark = [
 ]
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 # One rounding step of the dtype may fall the other way: sums run in another order.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # The interpreter cuts bfloat16 off instead of rounding (Triton 3.6).
 DTYPES = [torch.float32, torch.float16] if IS_INTERPRETED else list(TOLERANCE)
 
