@@ -112,13 +112,11 @@ def _gemm(
 
 @functools.cache
 def _counts(device: torch.device) -> Tensor:
-    """Arrivals of each tile, 0 between two products; shared by all of them, which follow one another in one stream."""
+    """Arrivals of each tile, 0 between two products; shared by all of them, which follow one another in one stream.
+
+    Made at the first product, which must not be while a graph is recorded: the graph would own it.
+    """
     return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
-
-
-def prepare(device: torch.device) -> None:
-    """Make what all products share. Before the first capture: a recorded graph must not own it."""
-    _counts(device)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan) -> Tensor:
