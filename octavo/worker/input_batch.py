@@ -94,8 +94,8 @@ class InputBatch:
     def __init__(
         self, rows: RequestRows, tables: BlockTables, backends: Sequence[AttentionBackend], device: Device
     ) -> None:
-        self._rows = rows
-        self._tables = tables
+        self.rows = rows
+        self.tables = tables
         self._backends = backends
         self._device = device
         self._layout: StepLayout | None = None
@@ -109,7 +109,7 @@ class InputBatch:
             is_dry: Write no keys and values: every slot is -1. For warming up.
         """
         layout = self.layout_of(plan)
-        rows = self._rows
+        rows = self.rows
         first = rows.num_computed_host[layout.rows]
         lens_host = first + layout.scheduled_host
         sampled = self.sampled_of(layout, np.flatnonzero(lens_host >= rows.num_tokens_host[layout.rows]))
@@ -126,10 +126,10 @@ class InputBatch:
         input_ids = rows.token_ids.view(-1).index_select(0, layout.history_base + positions).long()
         lengths = rows.num_computed.index_select(0, layout.row_index).add_(layout.scheduled)
         seq_lens = lengths.int()
-        slots = self._tables.slots(layout.table_base, positions)
+        slots = self.tables.slots(layout.table_base, positions)
         if is_dry:
             slots = [torch.full_like(slot, -1) for slot in slots]
-        tables = self._tables.gather(layout.row_index, shape.max_seq_len)
+        tables = self.tables.gather(layout.row_index, shape.max_seq_len)
         batch = ForwardBatch(
             shape=shape,
             input_ids=input_ids,
@@ -163,8 +163,8 @@ class InputBatch:
                 start.astype(np.int32),
                 token_row,
                 token_offset,
-                token_row * self._rows.width,
-                token_row * self._tables.width,
+                token_row * self.rows.width,
+                token_row * self.tables.width,
             )
         )
         self._layout = StepLayout(
@@ -192,7 +192,7 @@ class InputBatch:
             return last
         indices, rows = layout.last_token[positions], layout.rows[positions]
         batch_index, row_index, logits_indices, history_base = self._device.upload_all(
-            (positions, rows, indices, rows * self._rows.width)
+            (positions, rows, indices, rows * self.rows.width)
         )
         self._sampled = SampledSet(
             key=key,

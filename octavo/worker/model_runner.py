@@ -19,12 +19,10 @@ from octavo.messages import NewRow, SchedulerOutput
 from octavo.models.interface import CausalLM
 from octavo.sampling.row_parameters import resolve_num_top
 from octavo.sampling.sampler import Sampler, SamplerOutput
-from octavo.worker.block_tables import BlockTables
 from octavo.worker.cuda_graphs import DecodeGraphs
 from octavo.worker.input_batch import InputBatch, SampledSet, StepInputs, StepLayout
 from octavo.worker.outputs import PendingOutput, PromptLogprobs, download_values
 from octavo.worker.plain_sampling import DrawKind, PlainSampling
-from octavo.worker.request_rows import RequestRows
 
 PROMPT_PIECE = 128
 """Prompt positions whose logits exist at once."""
@@ -63,8 +61,6 @@ class ModelRunner:
     def __init__(
         self,
         model: CausalLM,
-        rows: RequestRows,
-        tables: BlockTables,
         inputs: InputBatch,
         sampler: Sampler,
         device: Device,
@@ -76,9 +72,7 @@ class ModelRunner:
     ) -> None:
         """Args:
         model: Loaded, its attention layers bound.
-        rows: Token histories.
-        tables: Block tables.
-        inputs: Builds batches from both.
+        inputs: Builds batches from token histories and block tables, which the runner keeps up to date.
         sampler: Draws.
         device: Where everything is.
         vocab_size: Columns of the logits.
@@ -87,8 +81,8 @@ class ModelRunner:
         graphs: Recorded decode steps, where launching each kernel by itself would.
         """
         self._model = model
-        self._rows = rows
-        self._tables = tables
+        self._rows = inputs.rows
+        self._tables = inputs.tables
         self._inputs = inputs
         self._sampler = sampler
         self._device = device

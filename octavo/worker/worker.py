@@ -186,8 +186,6 @@ class Worker:
                 )  # fmt: skip
         self._runner = ModelRunner(
             self._model,
-            rows,
-            tables,
             InputBatch(rows, tables, self._backends, device),
             Sampler(context, config.frontend.logprobs_mode, load_processors(config.device.logits_processors, context)),
             device,

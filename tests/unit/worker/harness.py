@@ -146,7 +146,7 @@ class LittleEngine:
                 self.model, rows, tables, backends, plain, device, max_num_seqs=ROWS, max_model_len=MAX_LEN
             )
         self.runner = ModelRunner(
-            self.model, rows, tables, inputs, self.sampler, device, vocab_size=VOCAB, max_logits_rows=max_logits_rows,
+            self.model, inputs, self.sampler, device, vocab_size=VOCAB, max_logits_rows=max_logits_rows,
             plain=plain, graphs=self.graphs,
         )  # fmt: skip
         self.rows = rows
