@@ -158,8 +158,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
 # ---------------------------------------------------------------------------------------------------------- the figures
 
 
-def figures(rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians over the rounds of one engine."""
+def figures(rounds: list[dict[str, Any]], best: bool = False) -> dict[str, float]:
+    """Medians over the rounds of one engine, or the best: nearest to what a machine without other work would give."""
     workloads = make_workloads()
     values: dict[str, list[float]] = {}
 
@@ -179,6 +179,8 @@ def figures(rounds: list[dict[str, Any]]) -> dict[str, float]:
                 add(f"{name}_prompt_tokens_per_s", workload.num_prompt_tokens / measured["seconds"])
             else:
                 add(f"{name}_output_tokens_per_s", workload.num_output_tokens / measured["seconds"])
+    if best:
+        return {name: max(numbers) if name in BEST_IS_LARGE else min(numbers) for name, numbers in values.items()}
     return {name: statistics.median(numbers) for name, numbers in values.items()}
 
 
@@ -207,36 +209,47 @@ BEST_IS_LARGE = {"C2_output_tokens_per_s", "C3_prompt_tokens_per_s"}
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """The table of medians, and of how much better the first engine is than each other one (above 1: better)."""
-    shown = [column for column in COLUMNS if any(column in row for row in result["medians"].values())]
-    head = ["engine", *(COLUMNS[column] for column in shown)]
+    """The tables of medians and bests, and the floor."""
+    machine = result["machine"]
     lines = [
         f"# CPU workloads, {result['date']}", "",
-        f"{result['machine']['cpu']}, {result['machine']['cores']} cores; commit {result['commit']}; medians of "
-        f"{result['repeats']}.", "",
+        f"{machine['cpu']}, {machine['cores']} cores; commit {result['commit']}; {result['repeats']} rounds.", "",
         "    " + result["command"], "",
-        "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
     ]  # fmt: skip
-    for name, row in result["medians"].items():
-        lines.append(f"| {name} | " + " | ".join(number(row.get(column)) for column in shown) + " |")
-    ours, *others = result["medians"]
-    lines += ["", f"How many times better `{ours}` is (below 1: worse):", ""]
-    lines += ["| than | " + " | ".join(head[1:]) + " |", "|" + "---|" * len(head)]
-    for name in others:
-        mine, theirs = result["medians"][ours], result["medians"][name]
-        ratios = [
-            mine[c] / theirs[c] if c in BEST_IS_LARGE else theirs[c] / mine[c] if c in mine and c in theirs else None
-            for c in shown
-        ]
-        lines.append(f"| {name} | " + " | ".join(number(ratio) for ratio in ratios) + " |")
-    machine = result["machine"]
+    for title, rows in (("Medians", result["medians"]), ("Best round of each", result["bests"])):
+        lines += [f"## {title}", "", *table(rows), ""]
     rates = [f"{dtype} {rate / 1e9:.1f} GFLOP/s" for dtype, rate in machine["flop_per_s"].items()]
     best = [f"{name} {number(value)}" for name, value in result["floors"].items()]
     lines += [
-        "", f"Measured on this machine in the same run: {machine['read_bytes_per_s'] / 1e9:.1f} GB/s read, "
+        f"Measured on this machine in the same run: {machine['read_bytes_per_s'] / 1e9:.1f} GB/s read, "
         f"{', '.join(rates)}. Hence the floors: {', '.join(best)}.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def table(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Figures of every engine, then how many times better each Octavo is than each peer (above 1: better)."""
+    shown = [column for column in COLUMNS if any(column in row for row in rows.values())]
+    head = [COLUMNS[column] for column in shown]
+    lines = ["| engine | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 1)]
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(number(row.get(column)) for column in shown) + " |")
+    ours = [name for name in rows if name.startswith("octavo")]
+    for mine in ours:
+        lines += ["", f"How many times better `{mine}` is (below 1: worse):", ""]
+        lines += ["| than | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 1)]
+        for name in rows:
+            if name not in ours:
+                ratios = [advantage(column, rows[mine], rows[name]) for column in shown]
+                lines.append(f"| {name} | " + " | ".join(number(ratio) for ratio in ratios) + " |")
+    return lines
+
+
+def advantage(column: str, mine: dict[str, float], theirs: dict[str, float]) -> float | None:
+    """How many times better ``mine`` is, None where one of them has no such figure."""
+    if column not in mine or column not in theirs:
+        return None
+    return mine[column] / theirs[column] if column in BEST_IS_LARGE else theirs[column] / mine[column]
 
 
 def number(value: float | None) -> str:
@@ -320,6 +333,7 @@ def summarise(
         "workloads_sha256": digest(make_workloads()),
         "repeats": args.repeats,
         "medians": {name: figures(ran) for name, ran in finished.items()},
+        "bests": {name: figures(ran, best=True) for name, ran in finished.items()},
         "floors": floors(machine),
         "same_tokens_as_transformers_float32": {
             name: {w: tokens == reference[w] for w, tokens in outputs.items()} for name, outputs in first.items()
