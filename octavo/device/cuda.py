@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ class CudaDevice:
         self._ring = PinnedRing(_RING_SEGMENTS, _SEGMENT_BYTES, _pinned_bytes, CudaEvent)
         self._side_stream: torch.cuda.Stream | None = None
         self._capture_stream: torch.cuda.Stream | None = None
-        self._graph_pool: tuple[int, int] | None = None
+        self._graph_pool: Any = None
 
     def set_num_threads(self, num_threads: int) -> None:
         """Nothing: the GPU computes. Torch's pool is kept small, because host work here is small pieces."""

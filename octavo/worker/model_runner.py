@@ -245,7 +245,11 @@ class ModelRunner:
         most = self._max_logits_rows
         for first in range(0, len(sampled.rows), most):
             piece = slice(first, first + most)
-            logits = self._model.compute_logits(step.hidden[piece]) if step.logits is None else step.logits[piece]
+            if step.logits is not None:
+                logits = step.logits[piece]
+            else:
+                assert step.hidden is not None
+                logits = self._model.compute_logits(step.hidden[piece])
             if kind is not DrawKind.OTHER:
                 assert self._plain is not None
                 tokens = self._plain.draw(kind, logits, sampled.row_index[piece], lengths[piece])

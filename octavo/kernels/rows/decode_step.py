@@ -57,8 +57,8 @@ def gather_decode(
     """
     count, device = len(row_index), row_index.device
     long = torch.empty((3, -(-count // 2) * 2), dtype=torch.int64, device=device)
-    long_rows = [row[:count] for row in long.unbind(0)]  # each begins at a multiple of 16 bytes: one compiled kernel
-    out = (*long_rows, torch.empty(count, dtype=torch.int32, device=device))
+    # Each begins at a multiple of 16 bytes, so that one compiled kernel serves every count.
+    out = (long[0, :count], long[1, :count], long[2, :count], torch.empty(count, dtype=torch.int32, device=device))
     slots = [torch.empty(count, dtype=torch.int64, device=device) for _ in tables]
     block_tables = [torch.empty((count, table.shape[1]), dtype=torch.int32, device=device) for table in tables]
     kernels = _triton(row_index) or _Reference
