@@ -25,7 +25,7 @@ SHAPES = {
 }  # fmt: skip
 PROMPTS = random_prompts(8, longest=300)
 LOGPROB_TOLERANCE = 0.15
-"""Measured against float32; two layers of products in bfloat16 (8 bits) over random weights."""
+"""Chosen, not fitted: two layers of products in bfloat16 (8 bits) over random weights."""
 
 
 @pytest.fixture(params=SHAPES)
