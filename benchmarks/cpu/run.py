@@ -271,6 +271,7 @@ def main() -> int:
         return 1
     output = args.output
     output.parent.mkdir(parents=True, exist_ok=True)
+    commit = describe_commit()
     floor = subprocess.run([sys.executable, str(HERE / "floor.py")], capture_output=True, text=True, check=True)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     failures: dict[str, str] = {}
@@ -288,6 +289,7 @@ def main() -> int:
             brief = {key: round(value, 2) for key, value in figures([one]).items()}
             print(f"[{repeat + 1}/{args.repeats}] {name}: {brief}", flush=True)
     result = summarise(args, known, rounds, failures, json.loads(floor.stdout))
+    result["commit"] = commit if commit == describe_commit() else f"{commit} to {describe_commit()}"
     output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     markdown = to_markdown(result)
     output.with_suffix(".md").write_text(markdown)
@@ -327,7 +329,7 @@ def summarise(
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
-        "commit": shell("git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": "",
         "machine": machine,
         "versions": {name: versions(known[name]) for name in finished},
         "workloads_sha256": digest(make_workloads()),
@@ -348,6 +350,11 @@ def versions(engine: Engine) -> dict[str, str]:
         return {"llama-server": shell(engine.options["binary"], "--version").replace("\n", "; ")}
     code = f"from importlib.metadata import version\nfor p in {engine.packages!r}: print(p, version(p))"
     return dict(line.split() for line in shell(engine.python, "-c", code).splitlines())
+
+
+def describe_commit() -> str:
+    """What is measured. Looked up before and after: an editable installation may change meanwhile."""
+    return shell("git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12")
 
 
 def shell(*command: str) -> str:
