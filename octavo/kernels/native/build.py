@@ -84,6 +84,10 @@ def _cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
-        return Path(tempfile.gettempdir()) / f"octavo-kernels-{os.getuid()}"
-    writable = os.access(folder, os.W_OK)
-    return folder if writable else Path(tempfile.gettempdir()) / f"octavo-kernels-{os.getuid()}"
+        return _own_folder()
+    return folder if os.access(folder, os.W_OK) else _own_folder()
+
+
+def _own_folder() -> Path:
+    """New and private: under a name that can be foretold, somebody else could leave a library for us to load."""
+    return Path(tempfile.mkdtemp(prefix="octavo-kernels-"))
