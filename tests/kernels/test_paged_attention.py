@@ -98,6 +98,7 @@ BATCHES = {
 }
 SPECS: dict[str, dict[str, object]] = {
     "small": {},
+    "page 48": {"block_size": 48},
     "page 64": {"block_size": 64},
     "page 128, head 128": {"block_size": 128, "head_dim": 128, "num_heads": 8},
     "page 32, no groups": {"block_size": 32, "num_kv_heads": 4},

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.attention.tiles import LOG2E, MASKED, can_use_tma, load_tile, make_descriptor, soft_cap
+from octavo.kernels.attention.tiles import LOG2E, MASKED, can_use_tma, fit_tile, load_tile, make_descriptor, soft_cap
 
 ITEM_FIELDS = 8
 """Of a work item: request, query token, first and end key, partial slot (-1 = alone), length, two unused."""
@@ -259,7 +259,7 @@ def decode_attention(
 def decode_tile(page: int, num_reqs: int, head_dim: int) -> int:
     """Key tokens a program loads at a time: 32 suits many or short histories, 64 few long ones (H200, 2026-11-22)."""
     tile = 32 if num_reqs >= 32 or head_dim > 128 else 64
-    return min(tile, max(16, page)) if page >= 32 else tile
+    return fit_tile(tile, page)
 
 
 def _settings(tile: int, head_dim: int, is_half: bool) -> tuple[int, int]:

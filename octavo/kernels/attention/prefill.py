@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.attention.tiles import LOG2E, MASKED, can_use_tma, load_tile, make_descriptor, soft_cap
+from octavo.kernels.attention.tiles import LOG2E, MASKED, can_use_tma, fit_tile, load_tile, make_descriptor, soft_cap
 
 
 @triton.jit
@@ -134,8 +134,7 @@ class PrefillShape:
             self.rows, self.tile, self.num_warps, self.stages = (128, 128, 8, 5) if large else (64, 64, 4, 5)
         else:
             self.rows, self.tile, self.num_warps, self.stages = 64, 32, 4, 3 if element_size == 2 else 2
-        if page >= 32:
-            self.tile = min(self.tile, page)
+        self.tile = fit_tile(self.tile, page)
         self.pack = min(self.pack, self.rows // 16)
 
     @property

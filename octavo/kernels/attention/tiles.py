@@ -21,8 +21,8 @@ def load_tile(
 ):  # fmt: skip
     """Keys and values ``[TILE, D_PAD]`` of the tokens ``start .. start + TILE`` of one sequence.
 
-    Rows at and after ``end`` hold finite rubbish: the caller masks their scores. With TMA or ``PAGE >= TILE`` the tile
-    must lie in one page, so ``start`` is a multiple of TILE.
+    Rows at and after ``end`` hold finite rubbish: the caller masks their scores. Where TILE divides PAGE the tile lies
+    in one page, so ``start`` is a multiple of TILE.
     """
     offs_d = tl.arange(0, D_PAD)
     if TMA:
@@ -32,7 +32,7 @@ def load_tile(
         v = descriptor.load([row + G * PAGE, 0])
     else:
         tokens = start + tl.arange(0, TILE)
-        if PAGE >= TILE:
+        if PAGE % TILE == 0:
             page = tl.load(table + start // PAGE).to(tl.int64)
             rows = page * stride_block + (tokens % PAGE) * D
             # A slot that was never written may hold anything: read only what is there.
@@ -67,3 +67,9 @@ def can_use_tma(page: int, tile: int, head_dim: int, element_size: int) -> bool:
     """Whether a tile is one box of a page: Hopper wants rows of whole 16 bytes and power-of-two boxes of at most 256
     rows."""
     return page % tile == 0 and tile <= 256 and head_dim & (head_dim - 1) == 0 and head_dim <= 256 and element_size == 2
+
+
+def fit_tile(tile: int, page: int) -> int:
+    """The largest tile up to ``tile`` that divides a page, or ``tile`` itself when that would be below 32."""
+    divisor = page & -page
+    return min(tile, divisor) if divisor >= 32 else tile
