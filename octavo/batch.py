@@ -23,6 +23,9 @@ class StepShape:
     """[B] scheduled tokens of each request."""
     seq_lens: tuple[int, ...]
     """[B] tokens of each request whose keys are in the cache after this step. Upper bounds under speculation."""
+    is_bound: bool = False
+    """The step is being recorded: tokens and requests are upper bounds, of any mixture of prompts and decodes; what is
+    really there, requests without tokens included, is on the device at each replay."""
 
 
 @dataclass(slots=True)

@@ -18,7 +18,6 @@ from octavo.attention.backend import AttentionSpec
 from octavo.attention.libraries import Attend, Lengths
 from octavo.attention.triton import TritonBackend, TritonMetadata
 from octavo.batch import AttentionMetadata, StepShape
-from octavo.kernels.attention.decode import decode_attention
 from octavo.kernels.attention.gather import gather_pages
 
 _MAX_GATHERED = 1 << 15
@@ -61,20 +60,19 @@ class LibraryPrefillBackend(TritonBackend):
         self, step: StepShape, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, slot_mapping: Tensor
     ) -> LibraryMetadata:
         """See AttentionBackend."""
+        if step.is_bound:
+            # A library wants lengths from the host, so a recorded step takes the kernels that read them on the device.
+            planned = super().plan(step, query_start_loc, seq_lens, block_table, slot_mapping)
+            return LibraryMetadata(slot_mapping, block_table, planned.work, planned.tiles, [])
         decodes_only = replace(step, max_query_len=1) if step.max_query_len > 1 else step
         planned = super().plan(decodes_only, query_start_loc, seq_lens, block_table, slot_mapping)
         runs = list(self._runs(step, slot_mapping.device)) if step.max_query_len > 1 else []
-        return LibraryMetadata(slot_mapping, block_table, query_start_loc, planned.work, None, runs)
+        return LibraryMetadata(slot_mapping, block_table, planned.work, None, runs)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
         """See AttentionBackend."""
         assert isinstance(meta, LibraryMetadata)
-        spec = self._spec
-        if meta.work is not None:
-            decode_attention(
-                q, cache, meta.block_table, meta.query_start_loc, meta.work, out,
-                scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap,
-            )  # fmt: skip
+        super().attend(q, k, v, cache, meta, out)
         for run in meta.runs:
             if run.pages is None:
                 keys, values = k[run.first : run.last], v[run.first : run.last]

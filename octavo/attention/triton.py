@@ -29,7 +29,6 @@ _INTERPRETER_SMS = 4
 class TritonMetadata(AttentionMetadata):
     """What all layers of a step share."""
 
-    query_start_loc: Tensor
     work: WorkList | None
     """Of the requests with one query; None when there are none."""
     tiles: Tensor | None
@@ -69,18 +68,21 @@ class TritonBackend:
     def plan(
         self, step: StepShape, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, slot_mapping: Tensor
     ) -> TritonMetadata:
-        """See AttentionBackend. Allocates and launches only: capturable for steps of decodes."""
+        """See AttentionBackend. Allocates and launches only: capturable for decodes, and for bounds of any step."""
         spec, device = self._spec, slot_mapping.device
         work = tiles = None
-        if 1 in step.query_lens:
+        if step.is_bound or 1 in step.query_lens:
             tile = decode_tile(spec.block_size, step.num_reqs, spec.head_dim)
             work = make_work_list(
                 query_start_loc, seq_lens, spec.num_kv_heads, _count_sms(device), tile, spec.sliding_window
             )
         if step.max_query_len > 1:
-            num_tiles = self._prefill.num_tiles(step.query_lens)
-            tiles = make_tile_list(query_start_loc, seq_lens, self._prefill, num_tiles)
-        return TritonMetadata(slot_mapping, block_table, query_start_loc, work, tiles)
+            if step.is_bound:
+                num_tiles = self._prefill.most_tiles(step.num_tokens, step.num_reqs)
+            else:
+                num_tiles = self._prefill.num_tiles(step.query_lens)
+            tiles = make_tile_list(query_start_loc, seq_lens, self._prefill, num_tiles, is_bound=step.is_bound)
+        return TritonMetadata(slot_mapping, block_table, work, tiles)
 
     def kv_views(self, cache: Tensor) -> tuple[Tensor, Tensor]:
         """See AttentionBackend."""
@@ -97,7 +99,7 @@ class TritonBackend:
         spec = self._spec
         if meta.work is not None:
             decode_attention(
-                q, cache, meta.block_table, meta.query_start_loc, meta.work, out,
+                q, cache, meta.block_table, meta.work, out,
                 scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap,
             )  # fmt: skip
         if meta.tiles is not None:

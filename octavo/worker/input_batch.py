@@ -8,7 +8,7 @@ model; ``model_runner.py`` runs the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -77,11 +77,16 @@ class SampledSet:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A step, ready to run."""
+    """A step; ``InputBatch.plan_attention`` makes it ready to run."""
 
     layout: StepLayout
     sampled: SampledSet
     batch: ForwardBatch
+    """Without ``metadata``."""
+    slots: list[Tensor]
+    """Per KV group [T] int64."""
+    block_tables: list[Tensor]
+    """Per KV group [B, max_blocks] int32."""
     first_positions: IntArray
     """[B] on the host: position of each request's first token in the step."""
     lengths: Tensor
@@ -138,12 +143,18 @@ class InputBatch:
             seq_lens=seq_lens,
             logits_indices=sampled.logits_indices,
             row_index=layout.row_index,
-            metadata=tuple(
-                backend.plan(shape, layout.query_start_loc, seq_lens, table, slot)
-                for backend, table, slot in zip(self._backends, tables, slots, strict=True)
-            ),
+            metadata=(),
         )
-        return StepInputs(layout, sampled, batch, first, lengths)
+        return StepInputs(layout, sampled, batch, slots, tables, first, lengths)
+
+    def plan_attention(self, inputs: StepInputs) -> ForwardBatch:
+        """The batch with what its attention backends prepare for all layers."""
+        batch = inputs.batch
+        metadata = tuple(
+            backend.plan(batch.shape, batch.query_start_loc, batch.seq_lens, table, slots)
+            for backend, table, slots in zip(self._backends, inputs.block_tables, inputs.slots, strict=True)
+        )
+        return replace(batch, metadata=metadata)
 
     def layout_of(self, plan: SchedulerOutput) -> StepLayout:
         """The last one if it still holds."""

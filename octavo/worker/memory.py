@@ -25,7 +25,7 @@ GPU_LOGITS_BYTES = 512 * 2**20
 """The same where a product over more rows is faster and memory is large."""
 _GRAPH_BYTES = 4 * 2**20
 """What the driver and the allocator take for one recorded step beside its tensors."""
-_MAX_GRAPHS = 32
+_MAX_GRAPHS = 48
 _LOGITS_COPIES = 6
 """Tensors of that size alive at once in the worst case: model dtype, float32, raw copy, scaled, filtered, weights."""
 _HIDDEN_COPIES = 6
@@ -75,17 +75,22 @@ def max_logits_rows(vocab_size: int, max_num_seqs: int, logits_bytes: int = LOGI
     return max(1, min(max_num_seqs, logits_bytes // (4 * vocab_size)))
 
 
-def bound_graph_bytes(model: ModelConfig, num_reqs: int, dtype_bytes: int, num_kv_blocks: int) -> int:
-    """Upper bound of what recorded decode steps hold: they share the tensors of the largest, ``num_reqs`` requests.
+def bound_graph_bytes(
+    model: ModelConfig, num_reqs: int, dtype_bytes: int, num_kv_blocks: int, prompt_tokens: int = 0
+) -> int:
+    """Upper bound of what recorded steps hold: they share the tensors of the largest.
 
     Args:
         model: Dimensions.
-        num_reqs: Of the largest recorded step.
+        num_reqs: Of the largest recorded decode step.
         dtype_bytes: Of an activation.
         num_kv_blocks: Most blocks of a request: block tables are gathered.
+        prompt_tokens: Of the largest recorded step with prompts.
     """
     logits = num_reqs * model.vocab_size * (dtype_bytes + 3 * 4)
-    layer = num_reqs * dtype_bytes * (_HIDDEN_COPIES * model.hidden_size + 3 * model.intermediate_size)
+    qkv = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    per_token = dtype_bytes * (_HIDDEN_COPIES * model.hidden_size + 3 * model.intermediate_size + qkv)
+    layer = max(num_reqs, prompt_tokens) * per_token
     # Partial results of split attention: a few per request and about as many as there are programs at once.
     partial = (2 * num_reqs + 1024) * model.num_heads * (model.head_dim + 1) * 4
     return logits + layer + partial + num_reqs * num_kv_blocks * 4 + _MAX_GRAPHS * _GRAPH_BYTES

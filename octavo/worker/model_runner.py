@@ -23,6 +23,7 @@ from octavo.worker.cuda_graphs import DecodeGraphs
 from octavo.worker.input_batch import InputBatch, SampledSet, StepInputs, StepLayout
 from octavo.worker.outputs import PendingOutput, PromptLogprobs, download_values
 from octavo.worker.plain_sampling import DrawKind, PlainSampling
+from octavo.worker.prompt_graphs import PromptGraphs
 
 PROMPT_PIECE = 128
 """Prompt positions whose logits exist at once."""
@@ -55,6 +56,16 @@ class LaunchedStep:
     """Batch position to what went wrong for it alone."""
 
 
+@dataclass(frozen=True, slots=True)
+class Recordings:
+    """Steps that are replayed instead of launched."""
+
+    decode: DecodeGraphs | None = None
+    """Of one token for each request, draw included."""
+    prompts: PromptGraphs | None = None
+    """The model's pass over any other step."""
+
+
 class ModelRunner:
     """The step of one device."""
 
@@ -68,7 +79,7 @@ class ModelRunner:
         vocab_size: int,
         max_logits_rows: int,
         plain: PlainSampling | None = None,
-        graphs: DecodeGraphs | None = None,
+        recordings: Recordings | None = None,
     ) -> None:
         """Args:
         model: Loaded, its attention layers bound.
@@ -78,7 +89,7 @@ class ModelRunner:
         vocab_size: Columns of the logits.
         max_logits_rows: Rows of logits that may exist at once while drawing.
         plain: Draws for requests without special wishes where gathering their parameters would hold up the device.
-        graphs: Recorded decode steps, where launching each kernel by itself would.
+        recordings: Recorded steps, where launching each kernel by itself would.
         """
         self._model = model
         self._rows = inputs.rows
@@ -89,7 +100,7 @@ class ModelRunner:
         self._vocab_size = vocab_size
         self._max_logits_rows = max_logits_rows
         self._plain = plain
-        self._graphs = graphs
+        self._recordings = recordings or Recordings()
         self._prompt_top: dict[int, int] = {}
 
     def apply(self, plan: SchedulerOutput) -> None:
@@ -122,7 +133,7 @@ class ModelRunner:
         if num_refused:
             return self._launch_part(plan, num_refused, (start, end))
         layout = self._inputs.layout_of(plan)
-        step = self._launch_graph(plan, layout, (start, end)) if self._graphs is not None else None
+        step = self._launch_graph(plan, layout, (start, end)) if self._recordings.decode is not None else None
         if step is None:
             step = self._launch_eagerly(plan, (start, end))
         end.record()
@@ -132,7 +143,7 @@ class ModelRunner:
         self, plan: SchedulerOutput, layout: StepLayout, times: tuple[Event, Event]
     ) -> LaunchedStep | None:
         """As a recorded decode step; None when it is none, or none of that size is recorded."""
-        assert self._graphs is not None and self._plain is not None
+        assert self._recordings.decode is not None and self._plain is not None
         if len(layout.last_token) != len(layout.token_row):
             return None
         rows, index = self._rows, layout.rows
@@ -140,7 +151,7 @@ class ModelRunner:
         if (lengths < rows.num_tokens_host[index]).any():
             return None  # a chunk of one token: more of the prompt is to come
         kind = DrawKind.OTHER if plan.defer_sampling else self._plain.kind(index)
-        result = self._graphs.run(layout, kind)
+        result = self._recordings.decode.run(layout, kind)
         if result is None:
             return None
         rows.num_computed_host[index] = lengths
@@ -162,7 +173,7 @@ class ModelRunner:
     def _launch_eagerly(self, plan: SchedulerOutput, times: tuple[Event, Event]) -> LaunchedStep:
         inputs = self._inputs.build(plan)
         layout, sampled = inputs.layout, inputs.sampled
-        hidden = self._model.forward(inputs.batch)
+        hidden = self._forward(inputs)
         self._rows.advance(layout.rows, layout.row_index, layout.scheduled_host, layout.scheduled)
         self._rows.num_tokens_host[sampled.rows] += 1
         prompts = self._prompt_logprobs(inputs, hidden) if self._prompt_top else []
@@ -180,6 +191,12 @@ class ModelRunner:
             times=times,
             errors={},
         )
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        """``[T, E]``: replayed where such a step is recorded, else launched kernel by kernel."""
+        recorded = self._recordings.prompts
+        hidden = None if recorded is None else recorded.forward(inputs)
+        return self._model.forward(self._inputs.plan_attention(inputs)) if hidden is None else hidden
 
     def _launch_part(self, plan: SchedulerOutput, num_refused: int, times: tuple[Event, Event]) -> LaunchedStep:
         num_run = len(plan.rows) - num_refused
@@ -269,7 +286,7 @@ class ModelRunner:
         """Run a step of this length over row 0 without writing keys and values, and draw in every way."""
         plan = SchedulerOutput(step_id=-1, removed_rows=[], new_rows=[], rows=[0], num_scheduled_tokens=[num_tokens])
         inputs = self._inputs.build(plan, is_dry=True)
-        hidden = self._model.forward(inputs.batch)
+        hidden = self._model.forward(self._inputs.plan_attention(inputs))
         logits = self._model.compute_logits(hidden[-1:])
         if self._plain is None:
             logits.argmax(dim=1)
@@ -278,16 +295,20 @@ class ModelRunner:
             self._plain.draw(kind, logits, inputs.layout.row_index, inputs.lengths)
 
     def record_graphs(self) -> None:
-        """Record the first decode steps, where there are graphs."""
-        if self._graphs is not None:
-            self._graphs.warm_up()
+        """Record the first decode steps and steps with prompts, where there are graphs."""
+        if self._recordings.prompts is not None:
+            self._recordings.prompts.warm_up()
+        if self._recordings.decode is not None:
+            self._recordings.decode.warm_up()
             self._device.synchronize()
             self._device.free_unused()
 
     def shrink(self) -> None:
         """Memory was short: take no more for things that only save time."""
-        if self._graphs is not None:
-            self._graphs.stop_capturing()
+        if self._recordings.decode is not None:
+            self._recordings.decode.stop_capturing()
+        if self._recordings.prompts is not None:
+            self._recordings.prompts.stop_recording()
 
     def _add(self, new: NewRow) -> None:
         self._sampler.add(new.row, new.sampling, new.token_ids, new.num_prompt_tokens)

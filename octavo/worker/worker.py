@@ -41,9 +41,10 @@ from octavo.worker.memory import (
     make_kv_spec,
     max_logits_rows,
 )
-from octavo.worker.model_runner import PROMPT_PIECE, LaunchedStep, ModelRunner
+from octavo.worker.model_runner import PROMPT_PIECE, LaunchedStep, ModelRunner, Recordings
 from octavo.worker.outputs import StepFuture
 from octavo.worker.plain_sampling import PlainSampling
+from octavo.worker.prompt_graphs import PromptGraphs, longest_recorded
 from octavo.worker.report import MemoryReport
 from octavo.worker.request_rows import RequestRows
 
@@ -53,6 +54,8 @@ _WARM_UP_TOKENS = (1, 8)
 """Lengths run once before the first request: operators choose and prepare their kernels by shape."""
 _GPU_WARM_UP_TOKENS = (1, 8, 64, 1024)
 """Kernels for few and for many rows differ; each is compiled or loaded at its first use."""
+_RECORDED_WARM_UP_TOKENS = (1, 1024)
+"""Recording runs the steps between."""
 
 
 @dataclass(slots=True)
@@ -106,7 +109,7 @@ class Worker:
         ]
         self._backends = [backend(group.spec) for (backend, _), group in zip(chosen, self._groups, strict=True)]
         weights = count_weight_bytes(self._model)
-        activation = self._bound_working_memory(dtype.itemsize)
+        activation = self._bound_working_memory(weights, dtype.itemsize)
         memory = self._device.memory()
         available = bound_kv_bytes(memory, config.cache, weights, activation)
         self._ledger = {"weights": weights}
@@ -124,7 +127,7 @@ class Worker:
             load_seconds=time.monotonic() - began,
         )
 
-    def _bound_working_memory(self, dtype_bytes: int) -> int:
+    def _bound_working_memory(self, weights: int, dtype_bytes: int) -> int:
         """Everything beside weights and cache: the largest step, rows, recorded steps."""
         config, limits = self._config, self._config.scheduler
         is_gpu = self._device.is_asynchronous
@@ -139,8 +142,13 @@ class Worker:
         if self._records_graphs:
             largest = make_buckets(limits.max_num_seqs)[-1]
             num_blocks = -(-limits.max_model_len // config.cache.block_size) + 1
-            bound += bound_graph_bytes(config.model, largest, dtype_bytes, num_blocks)
+            prompt_tokens = self._longest_recorded_prompts(weights)
+            bound += bound_graph_bytes(config.model, largest, dtype_bytes, num_blocks, prompt_tokens)
         return bound
+
+    def _longest_recorded_prompts(self, weight_bytes: int) -> int:
+        num_weights = weight_bytes // torch_dtype(self._config.device.dtype).itemsize
+        return longest_recorded(num_weights, self._config.scheduler.max_num_batched_tokens)
 
     @property
     def _logits_bytes(self) -> int:
@@ -175,15 +183,12 @@ class Worker:
             token_ids=rows.token_ids[:-1],
             num_tokens=device.zeros((limits.max_num_seqs,), torch.int64),
         )
-        plain = graphs = None
+        plain, recordings = None, Recordings()
         if device.is_asynchronous:
             has_processors = bool(config.device.logits_processors)
             plain = PlainSampling(limits.max_num_seqs, vocab_size, device, has_processors=has_processors)
             if self._records_graphs:
-                graphs = DecodeGraphs(
-                    self._model, rows, tables, self._backends, plain, device,
-                    max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len,
-                )  # fmt: skip
+                recordings = self._make_recordings(rows, tables, plain)
         self._runner = ModelRunner(
             self._model,
             InputBatch(rows, tables, self._backends, device),
@@ -192,16 +197,26 @@ class Worker:
             vocab_size=vocab_size,
             max_logits_rows=max_logits_rows(vocab_size, limits.max_num_seqs, self._logits_bytes),
             plain=plain,
-            graphs=graphs,
+            recordings=recordings,
         )
         if device.is_asynchronous:
             self._ledger["rows"] = max(0, before.free - device.memory().free)
+
+    def _make_recordings(self, rows: RequestRows, tables: BlockTables, plain: PlainSampling) -> Recordings:
+        limits = self._config.scheduler
+        lengths = {"max_num_seqs": limits.max_num_seqs, "max_model_len": limits.max_model_len}
+        decode = DecodeGraphs(self._model, rows, tables, self._backends, plain, self._device, **lengths)
+        longest = self._longest_recorded_prompts(self._ledger["weights"])
+        if not longest:
+            return Recordings(decode)
+        prompts = PromptGraphs(self._model, tables, self._backends, self._device, max_tokens=longest, **lengths)
+        return Recordings(decode, prompts)
 
     def warm_up(self) -> None:
         """Run the model on short dummy steps, so that the first request does not pay for preparations."""
         limits = self._config.scheduler
         with torch.inference_mode():
-            for num_tokens in _GPU_WARM_UP_TOKENS if self._device.is_asynchronous else _WARM_UP_TOKENS:
+            for num_tokens in self._warm_up_tokens():
                 if num_tokens <= min(limits.max_num_batched_tokens, limits.max_model_len):
                     self._ready().warm_up(num_tokens)
             before = self._device.memory()
@@ -209,6 +224,11 @@ class Worker:
         if self._device.is_asynchronous:
             self._ledger["graphs"] = max(0, before.free - self._device.memory().free)
             self._log_ledger()
+
+    def _warm_up_tokens(self) -> tuple[int, ...]:
+        if not self._device.is_asynchronous:
+            return _WARM_UP_TOKENS
+        return _GPU_WARM_UP_TOKENS if not self._records_graphs else _RECORDED_WARM_UP_TOKENS
 
     def _log_ledger(self) -> None:
         """What was counted against what the device says, and what is left for the largest step."""

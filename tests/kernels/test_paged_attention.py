@@ -31,9 +31,12 @@ DTYPES = [torch.float32, torch.float16] if IS_INTERPRETED else list(TOLERANCE)
 
 
 def run_step(
-    spec: AttentionSpec, lens: list[tuple[int, int]], seed: int = 0
+    spec: AttentionSpec, lens: list[tuple[int, int]], seed: int = 0, num_empty: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One step of requests ``(queries, tokens in all)`` with scattered blocks: result, reference, padding rows."""
+    """One step of requests ``(queries, tokens in all)`` with scattered blocks: result, reference, padding rows.
+
+    With ``num_empty`` it is filled up with so many requests without tokens, and planned as a step to be recorded is.
+    """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     page = spec.block_size
@@ -71,6 +74,12 @@ def run_step(
         num_tokens=sum(query_lens), num_reqs=len(lens), max_query_len=max(query_lens), max_seq_len=max(seq_lens),
         query_lens=tuple(query_lens), seq_lens=tuple(seq_lens),
     )  # fmt: skip
+    if num_empty:
+        tokens, reqs = len(new), len(lens) + num_empty
+        start = torch.cat([start, start[-1:].expand(num_empty)])
+        lens_tensor = torch.cat([lens_tensor, lens_tensor.new_zeros(num_empty)])
+        table = torch.cat([table, table.new_zeros(num_empty, table.shape[1])])
+        step = StepShape(tokens, reqs, tokens, 4096, (tokens,) * reqs, (4096,) * reqs, is_bound=True)
     meta = backend.plan(step, start, lens_tensor, table, slot_mapping)
     out = torch.full_like(q, 7.0)
     backend.write(new[:, 0], new[:, 1], cache, meta)
@@ -118,6 +127,12 @@ def test_equals_reference(spec: str, batch: str, dtype: torch.dtype) -> None:
     result, expected, _ = run_step(make_spec(dtype, **SPECS[spec]), BATCHES[batch])
     assert torch.isfinite(result).all()
     torch.testing.assert_close(result, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_a_step_planned_from_bounds() -> None:
+    out, expected, padding = run_step(make_spec(torch.float32, block_size=64), BATCHES["mixed"], num_empty=4)
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=0)
+    assert (padding == 7.0).all()
 
 
 def test_padding_tokens_are_left_alone() -> None:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.attention.tiles import LOG2E, MASKED, can_use_tma, fit_tile, load_tile, make_descriptor, soft_cap
+from octavo.kernels.gpu.launch import has_pdl, launch_options
 
 
 @triton.jit
@@ -62,8 +63,11 @@ def _prefill(
     stride_head,
     G: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     item = tiles + tl.program_id(1) * 4
     request = tl.load(item)
     first_token = tl.load(item + 1)
@@ -142,6 +146,10 @@ class PrefillShape:
         """Queries in a tile."""
         return self.rows // self.pack
 
+    def most_tiles(self, num_tokens: int, num_reqs: int) -> int:
+        """Upper bound of the tiles of any step of so many tokens and requests."""
+        return -(-num_tokens // self.tokens) + num_reqs
+
     def num_tiles(self, query_lens: Sequence[int]) -> int:
         """Tiles of a step. Requests with one query are the decode kernel's."""
         return sum(-(-length // self.tokens) for length in query_lens if length > 1)
@@ -171,7 +179,9 @@ def _tile_list(query_start_loc, seq_lens, tiles, num_reqs, TOKENS: tl.constexpr,
         tl.store(at + 3, history + token, mask=mask)
 
 
-def make_tile_list(query_start_loc: Tensor, seq_lens: Tensor, shape: PrefillShape, num_tiles: int) -> Tensor:
+def make_tile_list(
+    query_start_loc: Tensor, seq_lens: Tensor, shape: PrefillShape, num_tiles: int, *, is_bound: bool = False
+) -> Tensor:
     """``[num_tiles, 4]`` int32: request, first token of the step, tokens up to its end, position of the first.
 
     Made on the device, so that no step waits for pinned memory. One launch.
@@ -180,9 +190,11 @@ def make_tile_list(query_start_loc: Tensor, seq_lens: Tensor, shape: PrefillShap
         query_start_loc: ``[B + 1]`` int32.
         seq_lens: ``[B]`` int32, the queries included.
         shape: Tile sizes.
-        num_tiles: ``shape.num_tiles`` of the step.
+        num_tiles: ``shape.num_tiles`` of the step, or with ``is_bound`` anything above it.
+        is_bound: Tiles behind the last one get no tokens, at the cost of a second launch.
     """
-    tiles = torch.empty((num_tiles, 4), dtype=torch.int32, device=seq_lens.device)
+    allocate = torch.zeros if is_bound else torch.empty
+    tiles = allocate((num_tiles, 4), dtype=torch.int32, device=seq_lens.device)
     num_reqs = len(seq_lens)
     b_pad = max(16, triton.next_power_of_2(num_reqs))
     _tile_list[(num_reqs,)](query_start_loc, seq_lens, tiles, num_reqs, shape.tokens, b_pad, num_warps=4)
@@ -218,5 +230,5 @@ def prefill_attention(
         block_table.stride(0), *cache_NKGPD.stride()[:3],
         kv_heads, num_heads // kv_heads, shape.pack, shape.rows, size, triton.next_power_of_2(size), page, shape.tile,
         use_tma, window or 0, softcap is not None, "tf32" if is_half else "ieee", shape.stages,
-        num_warps=shape.num_warps,
+        has_pdl(), num_warps=shape.num_warps, **launch_options(),
     )  # fmt: skip

@@ -20,9 +20,10 @@ from octavo.sampling.sampler import Sampler
 from octavo.worker.block_tables import BlockTables
 from octavo.worker.cuda_graphs import DecodeGraphs
 from octavo.worker.input_batch import InputBatch
-from octavo.worker.model_runner import ModelRunner
+from octavo.worker.model_runner import ModelRunner, Recordings
 from octavo.worker.outputs import PendingOutput
 from octavo.worker.plain_sampling import PlainSampling
+from octavo.worker.prompt_graphs import PromptGraphs
 from octavo.worker.request_rows import RequestRows
 
 VOCAB = 97
@@ -75,7 +76,8 @@ class HistoryModel:
 
     def forward(self, batch: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
         shape = batch.shape
-        assert shape.num_tokens == len(batch.input_ids) == sum(shape.query_lens)
+        assert shape.num_tokens == len(batch.input_ids)
+        assert shape.is_bound or shape.num_tokens == sum(shape.query_lens)
         # A recorded step knows upper bounds only, and is filled up with requests of length 0.
         lens = batch.seq_lens.tolist()
         assert all(length <= bound for length, bound in zip(lens, shape.seq_lens, strict=True))
@@ -92,6 +94,9 @@ class HistoryModel:
         starts = batch.query_start_loc.tolist()
         tokens: list[int] = []
         for i, seq_len in enumerate(batch.seq_lens.tolist()):
+            if starts[i + 1] == starts[i] and batch.shape.is_bound:
+                assert seq_len == 0
+                continue
             if seq_len == 0:
                 assert int(batch.metadata[0].slot_mapping[starts[i]]) == -1 and starts[i + 1] - starts[i] == 1
                 tokens.append(-1)
@@ -104,7 +109,9 @@ class HistoryModel:
                 )
                 is_broken = history[position] == self.broken_token
                 tokens.append(-1 if is_broken else next_token(history[: position + 1]))
-        return tokens
+        filling = batch.metadata[0].slot_mapping[len(tokens) :]
+        assert (filling == -1).all() and (batch.shape.is_bound or not len(filling))
+        return tokens + [-1] * len(filling)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         self.largest_logits = max(self.largest_logits, len(hidden))
@@ -138,16 +145,19 @@ class LittleEngine:
         inputs = InputBatch(rows, tables, backends, device)
         context = ProcessorContext(VOCAB, ROWS, device.torch_device, rows.token_ids, torch.zeros(ROWS).long())
         self.sampler = Sampler(context, mode, load_processors(processors, context))
-        self.graphs = plain = None
+        self.graphs = self.prompt_graphs = plain = None
         if device.has_graphs:
             self.model.is_recorded = True
             plain = PlainSampling(ROWS, VOCAB, device, has_processors=bool(processors))
             self.graphs = DecodeGraphs(
                 self.model, rows, tables, backends, plain, device, max_num_seqs=ROWS, max_model_len=MAX_LEN
             )
+            self.prompt_graphs = PromptGraphs(
+                self.model, tables, backends, device, max_tokens=64, max_num_seqs=ROWS, max_model_len=MAX_LEN
+            )
         self.runner = ModelRunner(
             self.model, inputs, self.sampler, device, vocab_size=VOCAB, max_logits_rows=max_logits_rows,
-            plain=plain, graphs=self.graphs,
+            plain=plain, recordings=Recordings(self.graphs, self.prompt_graphs),
         )  # fmt: skip
         self.rows = rows
         self.num_groups = num_groups
