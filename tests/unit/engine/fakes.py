@@ -36,6 +36,7 @@ from octavo.messages import (
     EngineStarting,
     FinishReason,
     ModelRunnerOutput,
+    RequestTimeline,
     ResolvedSampling,
     SchedulerOutput,
 )
@@ -65,7 +66,7 @@ class CountingScheduler:
         self.requests[request.request_id] = [request.sampling.max_tokens, request.sampling.max_tokens]
         self.prompts[request.request_id] = request.prompt_token_ids[0]
 
-    def abort(self, request_ids: list[str]) -> list[EngineCoreOutput]:
+    def abort(self, request_ids: list[str], *, only_if_waiting: bool = False) -> list[EngineCoreOutput]:
         known = [request_id for request_id in request_ids if self.requests.pop(request_id, None) is not None]
         return [EngineCoreOutput(request_id, [], FinishReason.ABORT) for request_id in known]
 
@@ -97,6 +98,9 @@ class CountingScheduler:
 
     def snapshot(self) -> EngineSnapshot:
         return EngineSnapshot(time.monotonic(), num_running=len(self.requests), num_steps=self.num_steps)
+
+    def timeline(self, request_id: str) -> list[RequestTimeline]:
+        return []
 
     def reset_prefix_cache(self) -> bool:
         return not self.requests
