@@ -115,6 +115,7 @@ _CODES = {
     "string_too_long": "string_above_max_length",
     "string_too_short": "empty_string",
     "finite_number": "invalid_type",
+    "bad_id": "invalid_value",
 }
 
 
@@ -126,7 +127,7 @@ def from_validation(error: ValidationError) -> InvalidRequestError:
     field = _param(_path(first["loc"]))
     kind, context = str(first["type"]), first.get("ctx") or {}
     refusal = InvalidRequestError(_words(field, kind, first, context), param=field or None)
-    refusal.code = _code(kind, first.get("input"))
+    refusal.code = _code(kind, first.get("input"), context)
     return refusal
 
 
@@ -146,10 +147,10 @@ def _param(path: Sequence[int | str]) -> str:
     return text
 
 
-def _code(kind: str, value: object) -> str:
+def _code(kind: str, value: object, context: dict[str, Any]) -> str:
     if kind in _CODES:
         return _CODES[kind]
-    number = "integer" if isinstance(value, int) else "decimal"
+    number = "integer" if all(isinstance(bound, int) for bound in context.values()) else "decimal"
     if kind.startswith("greater_than"):
         return f"{number}_below_min_value"
     if kind.startswith("less_than"):
@@ -165,9 +166,10 @@ def _words(field: str, kind: str, found: Any, context: dict[str, Any]) -> str:
     if kind == "value_error":
         return f"{field}: {context.get('error', found['msg'])}"
     shown = shorten(repr(found.get("input")), 80)
-    what = str(found["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
-    return (
-        f"{field or 'the body'} is {shown}, but must be {what}"
-        if what != found["msg"]
-        else (f"{field or 'the body'} is {shown}: {what}")
-    )
+    what = str(found["msg"])
+    for opening in ("Input should be a valid ", "Input should be ", "List should have ", "String should have "):
+        if what.startswith(opening):
+            verb = "have" if opening.endswith("have ") else "be"
+            what = what.removeprefix(opening).partition(" after validation")[0]
+            return f"{field or 'the body'} is {shown}, but must {verb} {what}"
+    return f"{field or 'the body'} is {shown}, but must be {what}"
