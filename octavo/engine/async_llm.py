@@ -22,8 +22,9 @@ from octavo.errors import EngineDeadError, OctavoError
 from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import ProcessedRequest, Prompt, TokensPrompt
 from octavo.frontend.tokenizer import Tokenizer
-from octavo.messages import EngineReady
+from octavo.messages import EngineReady, RequestTimeline
 from octavo.observability.metrics import Metric
+from octavo.observability.request_stats import RequestStats
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 
@@ -193,6 +194,27 @@ class AsyncLLM:
     async def get_metrics(self) -> list[Metric]:
         """All counters and gauges of the engine, now."""
         return await asyncio.to_thread(self._frontend.get_metrics)
+
+    def latest_metrics(self, stats: RequestStats | None = None) -> list[Metric]:
+        """All metrics as of the engine's last message; answers at once, whatever the engine does.
+
+        Args:
+            stats: What to show of requests; None for those of this process.
+        """
+        return self._frontend.latest_metrics(self._frontend.stats if stats is None else stats)
+
+    @property
+    def request_stats(self) -> RequestStats | None:
+        """Where the requests of this process are counted; None where they are not."""
+        return self._frontend.stats
+
+    async def timeline(self, request_id: str) -> list[RequestTimeline]:
+        """What became of a request, one entry per sequence; empty if it is not known (any more).
+
+        Raises:
+            EngineDeadError: The engine has ended.
+        """
+        return await asyncio.to_thread(self._frontend.timeline, request_id)
 
     async def check_health(self) -> None:
         """Wait for the engine's loop to answer.
