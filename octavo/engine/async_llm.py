@@ -170,13 +170,19 @@ class AsyncLLM:
             if not is_finished:
                 self._drop(request_id, stream)
 
-    async def abort(self, request_id: str | list[str]) -> None:
+    async def abort(self, request_id: str | list[str], *, only_if_waiting: bool = False) -> None:
         """End requests early; their readers get a last output with ``finish_reason`` ``abort``. Unknown ids are
-        ignored."""
+        ignored.
+
+        Args:
+            request_id: One or several.
+            only_if_waiting: Leave alone a request of which the engine has run any part.
+        """
         request_ids = [request_id] if isinstance(request_id, str) else request_id
         with self._lock:
-            children = [child for each in request_ids for child in self._frontend.outputs.core_ids(each)]
-        self._frontend.client.abort(children)
+            groups = [self._frontend.outputs.core_ids(each) for each in request_ids]
+        for children in groups:
+            self._frontend.client.abort(children, only_if_waiting=only_if_waiting)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None) -> TokensPrompt:
         """A conversation as a prompt for ``generate``.

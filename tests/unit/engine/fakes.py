@@ -63,7 +63,8 @@ class CountingScheduler:
         if request.prompt_token_ids[0] == REFUSE:
             raise ContextLengthError("too long for this test")
         self.is_sound = self.is_sound and request.prompt_token_ids[0] != UNSOUND
-        self.requests[request.request_id] = [request.sampling.max_tokens, request.sampling.max_tokens]
+        done = 0 if request.resumption is None else len(request.resumption.output_token_ids)
+        self.requests[request.request_id] = [request.sampling.max_tokens - done, request.sampling.max_tokens - done]
         self.prompts[request.request_id] = request.prompt_token_ids[0]
 
     def abort(self, request_ids: list[str], *, only_if_waiting: bool = False) -> list[EngineCoreOutput]:
@@ -157,7 +158,7 @@ CONFIG = EngineConfig(
     load=LoadConfig("fake", "/nowhere", "dummy", None, 0),
     device=DeviceConfig("cpu", "float32", "auto", "none", 1, True, 1),
     cache=CacheConfig(16, "float32", True, "sha256", 0.9, None, None),
-    scheduler=SchedulerConfig(10**6, 4, 64, True, 0, "fcfs", 16, 1024, {"a": 2.0}),
+    scheduler=SchedulerConfig(10**6, 64, 64, True, 0, "fcfs", 16, 1024, {"a": 2.0}),
     parallel=ParallelConfig(),
     frontend=FrontendConfig(("fake",), "/nowhere", True, None, 20, "raw_logprobs", {"temperature": 0.5}, 0),
 )
