@@ -193,6 +193,14 @@ class AsyncLLM:
         """
         return self._frontend.inputs.render_chat(messages, options)
 
+    def tokenize_prompt(self, text: str, *, add_special_tokens: bool = True, keep: int | None = None) -> TokensPrompt:
+        """A text as a prompt for ``generate``; see ``InputProcessor.tokenize``.
+
+        Raises:
+            ContextLengthError: It is longer than the context.
+        """
+        return self._frontend.inputs.tokenize(text, add_special_tokens=add_special_tokens, keep=keep)
+
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; whether that was possible (it is not while requests run)."""
         return await asyncio.to_thread(self._frontend.client.call, "reset_prefix_cache")
