@@ -76,3 +76,38 @@ class EngineDeadError(OctavoError):
     """The engine process ended; carries the cause that it reported last."""
 
     code = "engine_error"
+
+
+class EngineRestartingError(OctavoError):
+    """The engine is being started again after it had ended; requests wait for it, this call does not."""
+
+    status = 503
+    code = "engine_restarting"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QuarantinedError(OctavoError):
+    """The engine ended each time that it worked on this request; it is not tried again."""
+
+    code = "request_quarantined"
+
+
+class QueueTimeoutError(OctavoError):
+    """The request waited for its first step longer than its ``max_queue_ms``. Try again after ``retry_after_s``."""
+
+    status = 503
+    code = "queue_timeout"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RequestTimeoutError(OctavoError):
+    """The answer was not complete within the request's ``timeout_ms``; what had come by then is lost or streamed."""
+
+    status = 408
+    code = "request_timeout"

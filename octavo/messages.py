@@ -90,9 +90,43 @@ class RequestTimings(msgspec.Struct, array_like=True, gc=False):
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     num_preemptions: int = 0
+    preempted_s: list[float] = []
+    """The first of them, in order; see ``observability/history.py``."""
+    resumed_s: list[float] = []
+    """When it was in a plan again, in the same order."""
+    finished_s: float = 0.0
+
+
+class RequestTimeline(msgspec.Struct, gc=False):
+    """What the core knows of one sequence, for people who ask what became of it. Written by ``scheduler/books.py``,
+    read by ``observability/timeline.py``. Holds nothing of what was asked or answered."""
+
+    request_id: str
+    status: str
+    """waiting, running or finished."""
+    arrival_time_s: float
+    """``time.time()`` in the frontend."""
+    timings: RequestTimings
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    finish_reason: str | None = None
 
 
 # ---------------------------------------------------------------------------------------------- frontend -> core
+
+
+class Resumption(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How far an engine that has ended since had come with a request. The next one goes on from there: as after a
+    preemption, nothing that was delivered is delivered again.
+
+    Written by ``engine/replay.py``; read by ``scheduler.Scheduler.add``.
+    """
+
+    output_token_ids: list[int]
+    """Tokens that were delivered; they count as output (penalties, lengths, seeds), not as prompt."""
+    num_prompt_logprobs: int = 0
+    """Positions of the prompt whose logprobs were delivered."""
 
 
 class EngineCoreRequest(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="request"):
@@ -111,6 +145,8 @@ class EngineCoreRequest(msgspec.Struct, frozen=True, array_like=True, gc=False, 
     """Separates prefix caches of tenants."""
     client_index: int = 0
     """Which frontend gets the answer."""
+    resumption: Resumption | None = None
+    """Set when an engine before this one had the request: it was let in then, so the queue's limits do not apply."""
 
 
 class AbortRequests(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="abort"):
@@ -118,6 +154,8 @@ class AbortRequests(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=
     a last output of ``FinishReason.ABORT``."""
 
     request_ids: list[str]
+    only_if_waiting: bool = False
+    """All of them or none: only if no known one has run yet. For limits on the time in the queue."""
 
 
 class CoreCall(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="call"):
@@ -183,6 +221,10 @@ class EngineSnapshot(msgspec.Struct, array_like=True, gc=False):
     num_steps: int = 0
     forward_ms: float = 0.0
     """Sum over steps of the time that the device worked."""
+    scheduled_tokens: int = 0
+    """Sum over steps of the tokens that were run, computed again after a preemption included."""
+    step_sizes: list[int] = []
+    """Steps by tokens run: counts per bucket of ``observability/histogram.py``'s TOKENS_PER_STEP, one more above."""
     finished: dict[str, int] = {}
     """Finish reason to count."""
     tenant_tokens: dict[str, int] = {}
@@ -208,6 +250,13 @@ class CoreDead(msgspec.Struct, array_like=True, gc=False, tag="dead"):
     """The core ends because of this; the last message on the socket."""
 
     error: str
+
+
+class EngineLoading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
+    """What an engine that is not ready yet begins with now, for people who wait. Written by ``engine/build.py``."""
+
+    phase: str
+    """In words: ``loading the weights``."""
 
 
 class EngineStarting(msgspec.Struct, frozen=True, array_like=True, tag="starting"):
@@ -250,7 +299,7 @@ class StartupFailure(msgspec.Struct, frozen=True, array_like=True, tag="failure"
     reason: str | None = None
 
 
-CoreOutput = EngineCoreOutputs | CoreResult | CoreDead | EngineStarting | EngineReady | StartupFailure
+CoreOutput = EngineCoreOutputs | CoreResult | CoreDead | EngineLoading | EngineStarting | EngineReady | StartupFailure
 
 
 # ---------------------------------------------------------------------------------------------- core -> workers

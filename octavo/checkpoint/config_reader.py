@@ -11,30 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from octavo.checkpoint.families import ARCHITECTURES, DEFAULTS, language_model
 from octavo.checkpoint.files import read_json_object
+from octavo.checkpoint.foreign import foreign_defaults
 from octavo.checkpoint.gguf_config import gguf_to_hf_config
 from octavo.checkpoint.gguf_file import GGUFFile
 from octavo.checkpoint.locate import LocatedModel
-from octavo.checkpoint.rope import read_rope
+from octavo.checkpoint.rope import read_layer_ropes, read_rope
 from octavo.checkpoint.values import Fields
 from octavo.config.model import ModelConfig
 from octavo.errors import CheckpointError, ConfigError, ModelNotFoundError
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-"""For the rare config.json with a model_type but without architectures."""
-_FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
-    "qwen2": {"max_position_embeddings": 32768},
-    "qwen3": {"max_position_embeddings": 32768, "head_dim": 128},
-}
-"""What transformers takes when config.json leaves a field out and the family differs from the common default."""
-_USES_WINDOW_FLAG = frozenset({"qwen2", "qwen3"})
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 _DTYPES = ("float32", "float16", "bfloat16")
 _GENERATION_FIELDS = ("temperature", "top_p", "min_p", "repetition_penalty")
 MAX_DIMENSION = 1 << 24
@@ -76,12 +64,11 @@ def read_model_config(located: LocatedModel, hf_overrides: Mapping[str, Any] | N
 
 
 def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str, generation_file: str) -> ModelConfig:
+    config, wrapper = language_model(config)
     f = Fields(config, file)
     model_type = config.get("model_type") if isinstance(config.get("model_type"), str) else ""
     architecture = _architecture(f, str(model_type))
-    if "hidden_size" not in config and isinstance(config.get("text_config"), dict):
-        raise f.error("text_config", "describes a multi-modal model, which is not supported")
-    f.defaults = _FAMILY_DEFAULTS.get(str(model_type), {})
+    f.defaults = DEFAULTS.get(str(model_type)) or foreign_defaults(config)
 
     vocab_size = f.integer("vocab_size", 1, MAX_DIMENSION)
     hidden_size = f.integer("hidden_size", 1, MAX_DIMENSION)
@@ -96,7 +83,8 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
     if num_heads % num_kv_heads:
         raise f.error("num_key_value_heads", f"is {num_kv_heads}, but must divide num_attention_heads ({num_heads})")
     max_positions = f.integer("max_position_embeddings", 1, 2**31 - 1)
-    windows = _windows(f, num_layers, str(model_type))
+    windows = _windows(f, num_layers, str(model_type), max_positions)
+    rope, local = (read_rope(f, head_dim, max_positions, kind) for kind in ("full_attention", "sliding_attention"))
     quantization = f.mapping("quantization_config")
     g = Fields(generation, generation_file)
     eos = dict.fromkeys([*f.token_ids("eos_token_id", vocab_size), *g.token_ids("eos_token_id", vocab_size)])
@@ -112,14 +100,22 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             max_position_embeddings=max_positions,
-            rms_norm_eps=f.number("rms_norm_eps", 1e-6, low=0.0, high=1.0),
-            rope=read_rope(f, head_dim, max_positions),
-            hidden_act=f.string("hidden_act", "silu"),
+            rms_norm_eps=_norm_eps(f),
+            rope=rope,
+            hidden_act=_hidden_act(f, str(model_type)),
             tie_word_embeddings=f.boolean("tie_word_embeddings", False),
             attention_bias=f.boolean("attention_bias", False),
             mlp_bias=f.boolean("mlp_bias", False),
             sliding_window=next((w for w in windows if w is not None), None),
             layer_windows=windows,
+            layer_ropes=read_layer_ropes(f, rope, local, windows, num_layers),
+            attention_scale=_attention_scale(f),
+            attention_softcap=_optional_positive(f, "attn_logit_softcapping"),
+            logit_softcap=_optional_positive(f, "final_logit_softcapping"),
+            embedding_scale=f.number("embedding_multiplier", 1.0, low=0.0),
+            residual_scale=f.number("residual_multiplier", 1.0, low=0.0),
+            logit_scale=1.0 / f.number("logits_scaling", 1.0, low=1e-6),
+            text_half_of=wrapper,
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=tuple(eos),
             dtype=_dtype(f),
@@ -140,8 +136,8 @@ def _architecture(f: Fields, model_type: str) -> str:
         raise f.error("architectures", f"names {first!r:.100}, which is no class name")
     if names is not None and not isinstance(names, list):
         raise f.error("architectures", f"must be a list of class names, not {names!r:.100}")
-    if model_type in _ARCHITECTURES:
-        return _ARCHITECTURES[model_type]
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
     raise f.error("architectures", "is missing, so the kind of model is not known")
 
 
@@ -153,29 +149,63 @@ def _dtype(f: Fields) -> str:
     return value
 
 
-def _windows(f: Fields, num_layers: int, model_type: str) -> tuple[int | None, ...]:
+def _norm_eps(f: Fields) -> float:
+    name = next((n for n in _EPSILONS if f.get(n) is not None), _EPSILONS[0])
+    return f.number(name, 1e-6, low=0.0, high=1.0)
+
+
+def _hidden_act(f: Fields, model_type: str) -> str:
+    name = f.string("hidden_activation", f.string("hidden_act", "silu"))
+    # The first files of Gemma say so and mean the approximation.
+    return "gelu_pytorch_tanh" if model_type == "gemma" and name == "gelu" else name
+
+
+def _attention_scale(f: Fields) -> float | None:
+    if f.get("query_pre_attn_scalar") is not None:
+        return f.number("query_pre_attn_scalar", None, low=1e-6) ** -0.5
+    return _optional_positive(f, "attention_multiplier")
+
+
+def _optional_positive(f: Fields, name: str) -> float | None:
+    return None if f.get(name) is None else f.number(name, None, low=1e-6)
+
+
+def _windows(f: Fields, num_layers: int, model_type: str, max_positions: int) -> tuple[int | None, ...]:
     """[num_layers] windows, or empty when every layer sees everything."""
+    if f.get("use_bidirectional_attention"):
+        raise f.error("use_bidirectional_attention", "is set, but only attention to earlier tokens is supported")
     window = f.optional_integer("sliding_window", 1, 2**31 - 1)
-    kinds = f.values.get("layer_types")
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(cast("list[Any]", kinds)) != num_layers:
-            raise f.error("layer_types", f"must be a list of num_hidden_layers ({num_layers}) names")
-        for kind in cast("list[Any]", kinds):
-            if kind not in ("full_attention", "sliding_attention"):
-                raise f.error("layer_types", f"holds {kind!r:.100}; known are full_attention and sliding_attention")
-        if "sliding_attention" not in kinds:
-            return ()
-        if window is None:
+    if f.values.get("layer_types") is not None:
+        is_local = _stated_kinds(f, num_layers)
+        if window is None and any(is_local):
             raise f.error("sliding_window", "is missing, but layer_types has sliding_attention layers")
-        return tuple(window if kind == "sliding_attention" else None for kind in cast("list[Any]", kinds))
-    if window is None or model_type == "llama":
+    else:
+        is_local = _implied_kinds(f, num_layers, model_type)
+    # A window as long as the longest text hides nothing.
+    if window is None or window >= max_positions or not any(is_local):
         return ()
-    if model_type in _USES_WINDOW_FLAG or "use_sliding_window" in f.values:
-        if not f.boolean("use_sliding_window", False):
-            return ()
-        first = f.optional_integer("max_window_layers", 0, MAX_DIMENSION)
-        return tuple(window if i >= (first or 0) else None for i in range(num_layers))
-    return (window,) * num_layers
+    return tuple(window if local else None for local in is_local)
+
+
+def _stated_kinds(f: Fields, num_layers: int) -> list[bool]:
+    """[num_layers] whether a layer has the window, by name."""
+    kinds = f.values["layer_types"]
+    if not isinstance(kinds, list) or len(cast("list[Any]", kinds)) != num_layers:
+        raise f.error("layer_types", f"must be a list of num_hidden_layers ({num_layers}) names")
+    for kind in cast("list[Any]", kinds):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise f.error("layer_types", f"holds {kind!r:.100}; known are full_attention and sliding_attention")
+    return [kind == "sliding_attention" for kind in cast("list[Any]", kinds)]
+
+
+def _implied_kinds(f: Fields, num_layers: int, model_type: str) -> list[bool]:
+    """[num_layers] whether a layer has the window, by the rules of before ``layer_types``."""
+    is_asked = f.get("use_sliding_window") is None or f.boolean("use_sliding_window", False)
+    if model_type == "llama" or not is_asked:
+        return [False] * num_layers
+    first = f.optional_integer("max_window_layers", 0, MAX_DIMENSION) or 0
+    pattern = f.optional_integer("sliding_window_pattern", 1, MAX_DIMENSION)
+    return [index >= first and (pattern is None or (index + 1) % pattern != 0) for index in range(num_layers)]
 
 
 def _generation_defaults(g: Fields) -> dict[str, Any]:

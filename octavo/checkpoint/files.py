@@ -33,16 +33,22 @@ def resolve_in_folder(path: Path) -> Path:
     return target
 
 
-def read_text(path: Path, max_bytes: int) -> str:
-    """Read a UTF-8 file of at most ``max_bytes``."""
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Read a file of at most ``max_bytes``."""
     target = resolve_in_folder(path)
     try:
         size = target.stat().st_size
         if size > max_bytes:
             raise CheckpointError(str(path), f"has {size} bytes, more than the {max_bytes} allowed for such a file")
-        return target.read_bytes().decode("utf-8")
+        return target.read_bytes()
     except OSError as exc:
         raise CheckpointError(str(path), f"cannot be read: {exc}") from exc
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """Read a UTF-8 file of at most ``max_bytes``."""
+    try:
+        return read_bytes(path, max_bytes).decode("utf-8")
     except UnicodeDecodeError as exc:
         raise CheckpointError(str(path), f"is not UTF-8: {exc}") from exc
 

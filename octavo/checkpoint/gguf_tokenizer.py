@@ -1,8 +1,8 @@
 """A ``tokenizers.Tokenizer`` out of the vocabulary that a GGUF file carries.
 
-Two kinds are read: byte-level BPE (``gpt2``) with the pre-tokenisers named below, and sentencepiece BPE with byte
-fallback (``llama``). The name of the pre-tokeniser decides where text is cut before merging, so an unknown name is
-refused: guessing would give other token ids than the model was trained on, and nothing would say so.
+Four kinds are read: byte-level BPE (``gpt2``), sentencepiece's BPE (``llama``) and unigram (``t5``), and WordPiece
+(``bert``). Of byte-level BPE the name of the pre-tokeniser decides where text is cut before merging, so an unknown name
+is refused: guessing would give other token ids than the model was trained on, and nothing would say so.
 
 Knows only metadata words (``tokenizer.ggml.*``) and not how they are read from the file (``gguf_file.py``).
 """
@@ -10,51 +10,23 @@ Knows only metadata words (``tokenizer.ggml.*``) and not how they are read from 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from octavo.checkpoint.byte_bpe import CUTS, byte_level
+from octavo.checkpoint.pieces import CONTROL, SPACE, Pieces, add_tokens, build_piece_tokenizer
 from octavo.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
-_MAX_MERGE_PIECE = 512
-
-_LLAMA3_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_QWEN2_REGEX = _LLAMA3_REGEX.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Split:
-    """How a named pre-tokeniser cuts text."""
-
-    regex: str | None = None
-    """None: the GPT-2 expression built into ByteLevel."""
-    single_digits: bool = False
-    """Every digit is a piece of its own, cut before the expression is applied."""
-    nfc: bool = False
-    ignore_merges: bool = False
-    """A piece that is a token as a whole is not merged step by step."""
-    add_bos: bool = False
-    """Where the file does not say."""
-
-
-_LLAMA3 = _Split(regex=_LLAMA3_REGEX, ignore_merges=True, add_bos=True)
-_SPLITS: Mapping[str, _Split] = {
-    "gpt-2": _Split(),
-    "gpt2": _Split(),
-    "smollm": _Split(single_digits=True),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _Split(regex=_QWEN2_REGEX, nfc=True),
-}
+_OLD_CUT = "gpt-2"
+"""What files that name no pre-tokeniser were mostly made for."""
+_MAX_WORD_CHARS = 100
+"""WordPiece gives up on longer words; BERT's own limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +35,47 @@ class GGUFTokenizer:
 
     tokenizer: Tokenizer
     tokens: list[str]
+    """As the tokenizer spells them, by id."""
     special_token_ids: frozenset[int]
     add_bos_by_default: bool
+    is_wordpiece: bool = False
+    """Text stands between the tokens that the file calls CLS and SEP."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """The checked lists that every kind has."""
+
+    metadata: Mapping[str, Any]
+    tokens: list[str]
+    types: list[int]
+    file: str
+
+    def error(self, reason: str) -> CheckpointError:
+        return CheckpointError(self.file, reason)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.metadata.get(f"tokenizer.ggml.{name}", default)
+
+    def scores(self) -> list[float]:
+        """One finite number for each token."""
+        scores = _list(self.metadata, "scores", float, self.file)
+        if scores is None or len(scores) != len(self.tokens):
+            raise self.error(f"tokenizer.ggml.scores must have {len(self.tokens)} entries, one for each token")
+        if not all(math.isfinite(score) for score in scores):
+            raise self.error("tokenizer.ggml.scores holds a value that is not a finite number")
+        return scores
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.error(f"tokenizer.ggml.{name} must be a boolean, not {value!r:.100}")
+        return value
+
+    def token_id(self, name: str, default: int) -> int | None:
+        """The id of a token with a role, or None where the vocabulary has none."""
+        value = self.get(f"{name}_token_id", default)
+        return value if type(value) is int and 0 <= value < len(self.tokens) else None
 
 
 def build_gguf_tokenizer(metadata: Mapping[str, Any], file: str) -> GGUFTokenizer:
@@ -84,24 +95,25 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], file: str) -> GGUFTokenize
         raise CheckpointError(
             file, f"tokenizer.ggml.token_type has {len(types)} entries, but tokenizer.ggml.tokens has {len(tokens)}"
         )
-    vocab = {token: index for index, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
+    ids = {token: index for index, token in enumerate(tokens)}
+    if len(ids) != len(tokens):
+        twice = next(token for index, token in enumerate(tokens) if ids[token] != index)
         raise CheckpointError(file, f"tokenizer.ggml.tokens holds {twice!r:.100} twice")
+    vocabulary = _Vocabulary(metadata, tokens, types, file)
     if kind == "gpt2":
-        tokenizer, add_bos = _byte_level_bpe(metadata, vocab, file)
+        tokenizer, add_bos = _byte_level_bpe(vocabulary, ids)
     elif kind == "llama":
-        tokenizer, add_bos = _sentencepiece_bpe(metadata, tokens, types, vocab, file), True
+        tokenizer, add_bos = _pieces(vocabulary, unigram=False), True
+    elif kind == "t5":
+        tokenizer, add_bos = _pieces(vocabulary, unigram=True), False
+    elif kind == "bert":
+        return _word_piece(vocabulary)
     else:
-        raise CheckpointError(file, f"tokenizer.ggml.model is {kind!r:.100}, but only 'gpt2' and 'llama' can be read")
-
-    special = [index for index, t in enumerate(types) if t == _CONTROL]
-    plain = [index for index, t in enumerate(types) if t == _USER_DEFINED]
-    added = [AddedToken(tokens[i], special=True, normalized=False) for i in special if tokens[i]]
-    tokenizer.add_special_tokens(added)  # pyright: ignore[reportUnknownMemberType]
-    added = [AddedToken(tokens[i], special=False, normalized=False) for i in plain if tokens[i]]
-    tokenizer.add_tokens(added)  # pyright: ignore[reportUnknownMemberType]
-    return GGUFTokenizer(tokenizer, tokens, frozenset(special), add_bos)
+        raise CheckpointError(
+            file, f"tokenizer.ggml.model is {kind!r:.100}, but only 'gpt2', 'llama', 't5' and 'bert' can be read"
+        )
+    special = frozenset(index for index, its in enumerate(types) if its == CONTROL)
+    return GGUFTokenizer(tokenizer, tokens, special, add_bos)
 
 
 def _list(metadata: Mapping[str, Any], name: str, kind: type, file: str) -> list[Any] | None:
@@ -115,80 +127,91 @@ def _list(metadata: Mapping[str, Any], name: str, kind: type, file: str) -> list
     return items
 
 
-def _byte_level_bpe(metadata: Mapping[str, Any], vocab: dict[str, int], file: str) -> tuple[Tokenizer, bool]:
-    name = metadata.get("tokenizer.ggml.pre")
-    if name is None:
-        logger.warning("%s does not name its pre-tokeniser; cutting text as GPT-2 does, token ids may be wrong", file)
-        name = "gpt-2"
-    split = _SPLITS.get(name) if isinstance(name, str) else None
-    if split is None:
-        raise CheckpointError(
-            file,
-            f"tokenizer.ggml.pre is {name!r:.100}, but only {', '.join(sorted(_SPLITS))} are known; "
-            "give the model's Hugging Face tokenizer with --tokenizer",
+def _byte_level_bpe(vocabulary: _Vocabulary, ids: dict[str, int]) -> tuple[Tokenizer, bool]:
+    name = vocabulary.get("pre")
+    if name in (None, "default"):
+        logger.warning(
+            "%s does not name its pre-tokeniser; cutting text as GPT-2 does, token ids may be wrong", vocabulary.file
         )
-    merges = _merges(_list(metadata, "merges", str, file), file)
+        name = _OLD_CUT
+    cut = CUTS.get(name) if isinstance(name, str) else None
+    if cut is None:
+        raise vocabulary.error(
+            f"tokenizer.ggml.pre is {name!r:.100}, but only {', '.join(sorted(CUTS))} are known; "
+            "give the model's Hugging Face tokenizer with --tokenizer"
+        )
+    merges = _merges(_list(vocabulary.metadata, "merges", str, vocabulary.file), vocabulary)
     try:
-        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=split.ignore_merges)
+        model = models.BPE(vocab=ids, merges=merges, ignore_merges=cut.ignore_merges)
     except Exception as exc:  # tokenizers raises bare Exception for a merge outside the vocabulary
-        raise CheckpointError(file, f"tokenizer.ggml.merges do not fit the tokens: {exc}") from exc
-    tokenizer = Tokenizer(model)
-    if split.nfc:
-        tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
-    steps: list[Any] = []
-    if split.single_digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if split.regex is not None:
-        steps.append(pre_tokenizers.Split(Regex(split.regex), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.regex is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    return tokenizer, split.add_bos
+        raise vocabulary.error(f"tokenizer.ggml.merges do not fit the tokens: {exc}") from exc
+    tokenizer = byte_level(model, cut)
+    add_tokens(tokenizer, vocabulary.tokens, vocabulary.types)
+    return tokenizer, cut.add_bos
 
 
-def _merges(lines: list[Any] | None, file: str) -> list[tuple[str, str]]:
+def _merges(lines: list[Any] | None, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     if lines is None:
-        raise CheckpointError(file, "has a gpt2 tokenizer without tokenizer.ggml.merges")
+        raise vocabulary.error("has a gpt2 tokenizer without tokenizer.ggml.merges")
     merges: list[tuple[str, str]] = []
     for index, line in enumerate(lines):
         left, space, right = line.partition(" ")
         if not left or not space or not right:
-            raise CheckpointError(file, f"tokenizer.ggml.merges: entry {index} is {line!r:.60}, not two pieces")
+            raise vocabulary.error(f"tokenizer.ggml.merges: entry {index} is {line!r:.60}, not two pieces")
         merges.append((left, right))
     return merges
 
 
-def _sentencepiece_bpe(
-    metadata: Mapping[str, Any], tokens: list[str], types: list[int], vocab: dict[str, int], file: str
-) -> Tokenizer:
-    """Sentencepiece merges the adjacent pair whose union scores highest. As ranked merges: every way to cut a piece
-    into two known pieces, ordered by the score of the whole."""
-    scores = _list(metadata, "scores", float, file)
-    if scores is None or len(scores) != len(tokens):
-        raise CheckpointError(file, f"tokenizer.ggml.scores must have {len(tokens)} entries, one for each token")
-    if any(score != score for score in scores):
-        raise CheckpointError(file, "tokenizer.ggml.scores holds NaN")
-    ranked: list[tuple[float, int, int, str, str]] = []
-    for index, piece in enumerate(tokens):
-        if types[index] in (_CONTROL, _BYTE) or not 1 < len(piece) <= _MAX_MERGE_PIECE:
-            continue
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in vocab and right in vocab:
-                ranked.append((-scores[index], vocab[left], vocab[right], left, right))
-    ranked.sort()
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    unk = tokens[unknown] if type(unknown) is int and 0 <= unknown < len(tokens) else None
-    model = models.BPE(
-        vocab=vocab, merges=[(e[3], e[4]) for e in ranked], unk_token=unk, fuse_unk=True,
-        byte_fallback=any(t == _BYTE for t in types),
-    )  # fmt: skip
-    tokenizer = Tokenizer(model)
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    steps: list[Any] = [normalizers.Prepend("▁")] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])  # type: ignore[assignment]
-    ending: list[Any] = [decoders.Strip(content=" ", left=1)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(  # type: ignore[assignment]
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ending]
+def _pieces(vocabulary: _Vocabulary, *, unigram: bool) -> Tokenizer:
+    charsmap = vocabulary.get("precompiled_charsmap") if unigram else None
+    if charsmap is not None and not isinstance(charsmap, list):
+        raise vocabulary.error("tokenizer.ggml.precompiled_charsmap must be a list of bytes")
+    pieces = Pieces(
+        tokens=vocabulary.tokens,
+        scores=vocabulary.scores(),
+        types=vocabulary.types,
+        unigram=unigram,
+        unknown_id=vocabulary.token_id("unknown", 2 if unigram else 0),
+        # Arrays of int8 come as negative numbers too.
+        charsmap=bytes(byte & 0xFF for byte in cast("list[int]", charsmap or [])),
+        prefix_space=vocabulary.flag("add_space_prefix", not unigram),
+        trim_spaces=vocabulary.flag("remove_extra_whitespaces", False) if unigram else False,
     )
-    return tokenizer
+    try:
+        return build_piece_tokenizer(pieces)
+    except ValueError as exc:
+        raise vocabulary.error(f"holds no vocabulary that can be rebuilt: {exc}") from exc
+
+
+def _word_piece(vocabulary: _Vocabulary) -> GGUFTokenizer:
+    """llama.cpp marks pieces that begin a word; BERT's files mark those that do not, and so does the result."""
+    tokens = vocabulary.tokens
+
+    def spelling(token: str) -> str:
+        if token.startswith(SPACE):
+            return token[len(SPACE) :]
+        return token if token.startswith("[") and token.endswith("]") and len(token) > 1 else f"##{token}"
+
+    spelt = [spelling(t) for t in tokens] if any(t.startswith(SPACE) for t in tokens) else tokens
+    ids = {token: index for index, token in enumerate(spelt)}
+    unknown = vocabulary.token_id("unknown", 100)
+    if len(ids) != len(spelt) or unknown is None:
+        raise vocabulary.error("holds no WordPiece vocabulary: a piece occurs twice, or there is no unknown token")
+    tokenizer = Tokenizer(
+        models.WordPiece(vocab=ids, unk_token=spelt[unknown], max_input_chars_per_word=_MAX_WORD_CHARS)
+    )
+    lowercase = vocabulary.flag("normalizer.lowercase", True)
+    tokenizer.normalizer = normalizers.BertNormalizer(  # type: ignore[assignment]
+        clean_text=True,
+        handle_chinese_chars=True,
+        strip_accents=vocabulary.flag("normalizer.strip_accents", lowercase),
+        lowercase=lowercase,
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.WordPiece(prefix="##")  # type: ignore[assignment]
+    roles = {"unknown": 100, "cls": 101, "seperator": 102, "mask": 103, "padding": 0}
+    special = {index for index, its in enumerate(vocabulary.types) if its == CONTROL}
+    special |= {index for role, default in roles.items() if (index := vocabulary.token_id(role, default)) is not None}
+    types = [CONTROL if index in special else 1 for index in range(len(spelt))]
+    add_tokens(tokenizer, spelt, types)
+    return GGUFTokenizer(tokenizer, spelt, frozenset(special), add_bos_by_default=True, is_wordpiece=True)

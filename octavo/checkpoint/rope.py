@@ -1,6 +1,7 @@
 """Rotary embedding settings: the spellings of config.json, checked and brought to one form.
 
-Read are ``rope_parameters`` (transformers 5), and ``rope_theta`` with ``rope_scaling`` (before). The kind stands under
+Read are ``rope_parameters`` (transformers 5; possibly one object per kind of layer), and ``rope_theta`` with
+``rope_scaling`` (before). The kind stands under
 ``rope_type`` or, older, ``type``. Computes nothing: the formulas are in ``octavo/layers/rotary.py``.
 """
 
@@ -8,45 +9,93 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from octavo.checkpoint.values import Fields
 from octavo.config.model import RopeConfig
 
+_ALIASES = {"su": "longrope", "mrope": "default"}
+"""``mrope``: positions in pictures; those of text are the same in all its parts."""
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def read_rope(f: Fields, head_dim: int, max_positions: int) -> RopeConfig:
+def read_rope(f: Fields, head_dim: int, max_positions: int, layer_kind: str = "full_attention") -> RopeConfig:
     """Check the rotary settings of a config.
 
     Args:
         f: All fields of config.json.
         head_dim: Of one attention head.
         max_positions: ``max_position_embeddings``: the original length where the scaling does not state one.
+        layer_kind: ``full_attention`` or ``sliding_attention``: some models rotate these differently.
 
     Raises:
         CheckpointError: A field is missing or out of range.
     """
     name = "rope_parameters" if f.values.get("rope_parameters") is not None else "rope_scaling"
     raw = dict(f.mapping(name) or {})
+    where = f"{name}."
+    base_name = "rope_theta"
+    is_local = layer_kind == "sliding_attention" and f.get("rope_local_base_freq") is not None
     if any(isinstance(value, dict) for value in raw.values()):
-        raise f.error(name, "differs between kinds of layers, which is not supported")
-    s = Fields(raw, f.file, f"{name}.")
-    theta_from = s if raw.get("rope_theta") is not None else f
-    theta = theta_from.number("rope_theta", 10000.0, low=1e-6)
+        raw = dict(Fields(raw, f.file, where).mapping(layer_kind) or {})
+        where = f"{name}.{layer_kind}."
+    elif is_local:
+        raw = {}  # scaling is for the layers that see far
+    if is_local:
+        base_name = "rope_local_base_freq"
+    s = Fields(raw, f.file, where)
+    if raw.get("rope_theta") is not None:
+        theta = s.number("rope_theta", None, low=1e-6)
+    else:
+        theta = f.number(base_name, 10000.0, low=1e-6)
     partial_from = s if raw.get("partial_rotary_factor") is not None else f
     partial = partial_from.number("partial_rotary_factor", 1.0, low=0.0, high=1.0)
     rotary_dim = int(head_dim * partial)
     if rotary_dim < 2 or rotary_dim % 2:
         raise f.error("head_dim", f"gives {rotary_dim} rotated values, but must give an even number of at least 2")
     kind = s.string("rope_type", s.string("type", "default"))
-    kind = "longrope" if kind == "su" else kind
+    kind = _ALIASES.get(kind, kind)
     if kind not in ROPE_TYPES:
         raise s.error("rope_type", f"is {kind!r:.60}, but must be one of {', '.join(ROPE_TYPES)}")
+    if s.values.get("llama_4_scaling_beta"):
+        raise s.error("llama_4_scaling_beta", "scales queries by their position, which is not supported")
     if kind == "default":
         return RopeConfig(theta=theta, partial_rotary_factor=partial)
     return RopeConfig(theta, _scaling(s, f, kind, rotary_dim, max_positions), partial)
+
+
+def read_layer_ropes(
+    f: Fields, rope: RopeConfig, local: RopeConfig, windows: Sequence[int | None], num_layers: int
+) -> tuple[RopeConfig | None, ...]:
+    """[num_layers] rotary embedding of each layer, None for one without positions; empty when all have ``rope``.
+
+    Args:
+        f: All fields of config.json.
+        rope: Of layers that see everything.
+        local: Of layers with a window.
+        windows: [num_layers], or empty.
+        num_layers: Of the model.
+
+    Raises:
+        CheckpointError: A field is out of range.
+    """
+    ropes: list[RopeConfig | None] = [
+        local if windows and windows[index] is not None else rope for index in range(num_layers)
+    ]
+    rotated = f.values.get("no_rope_layers")
+    interval = f.optional_integer("no_rope_layer_interval", 1, 1 << 24)
+    if rotated is not None:
+        if not isinstance(rotated, list) or len(cast("list[Any]", rotated)) not in (0, num_layers):
+            raise f.error("no_rope_layers", f"must be a list of num_hidden_layers ({num_layers}) zeros and ones")
+        if any(value not in (0, 1) for value in cast("list[Any]", rotated)):
+            raise f.error("no_rope_layers", "must hold zeros (layers without positions) and ones only")
+    if not rotated and interval is not None:
+        rotated = [int((index + 1) % interval != 0) for index in range(num_layers)]
+    for index, is_rotated in enumerate(cast("list[int]", rotated or [])):
+        if not is_rotated:
+            ropes[index] = None
+    return () if all(each == rope for each in ropes) else tuple(ropes)
 
 
 def _scaling(s: Fields, f: Fields, kind: str, rotary_dim: int, max_positions: int) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""The tokenizer of a model and the few facts around it, from a Hugging Face folder or from a GGUF file.
+"""The tokenizer of a model and the few facts around it, from a model folder or from a GGUF file.
 
-Knows neither requests nor templates' rules (``octavo/frontend``). A folder needs a ``tokenizer.json``; nothing is
-downloaded, no code from the folder is run, and ``auto_map`` is not looked at. Next: ``gguf_tokenizer.py``.
+A folder has ``tokenizer.json``, or one of the files that came before it: Mistral's ``tekken.json``, sentencepiece's or
+tiktoken's ``tokenizer.model`` (``unconverted.py``). Nothing is downloaded, no code from the folder is run, and
+``auto_map`` is only looked at to say why a tokenizer is missing. Knows neither requests nor templates' rules
+(``octavo/frontend``). Next: ``gguf_tokenizer.py``, ``chat_templates.py``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +17,14 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
+from octavo.checkpoint.chat_templates import DEFAULT_TEMPLATE, folder_templates, gguf_templates, mistral_template
 from octavo.checkpoint.files import MAX_TOKENIZER_BYTES, read_json_object, read_text
 from octavo.checkpoint.gguf_file import GGUFFile
 from octavo.checkpoint.gguf_tokenizer import build_gguf_tokenizer
+from octavo.checkpoint.unconverted import find_unconverted, is_unconverted, read_unconverted
 from octavo.errors import CheckpointError
 
-MAX_TEMPLATE_BYTES = 4 << 20
-DEFAULT_TEMPLATE = "default"
+__all__ = ["DEFAULT_TEMPLATE", "TokenizerData", "load_tokenizer_data", "set_template"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,8 @@ def load_tokenizer_data(path: str | os.PathLike[str]) -> TokenizerData:
     """Load the tokenizer of a model.
 
     Args:
-        path: A folder with ``tokenizer.json``, a ``.gguf`` file, or a folder whose only tokenizer is one GGUF file.
+        path: A folder, a ``.gguf`` file, one of the tokenizer files named above, or a folder whose only tokenizer is
+            one GGUF file.
 
     Raises:
         CheckpointError: The tokenizer is absent, damaged or of a kind that cannot be read.
@@ -60,17 +64,28 @@ def load_tokenizer_data(path: str | os.PathLike[str]) -> TokenizerData:
     if where.is_dir():
         if (where / "tokenizer.json").exists():
             return _from_folder(where)
+        own = find_unconverted(where)
+        if own is not None:
+            return _from_unconverted(own)
         files = sorted(where.glob("*.gguf"))
         if len(files) != 1:
             raise CheckpointError(str(where), _no_tokenizer(where))
         where = files[0]
-    if where.suffix == ".json":
+    if where.name == "tokenizer.json":
         return _from_folder(where.parent)
+    if is_unconverted(where):
+        return _from_unconverted(where)
     return _from_gguf(where)
 
 
 def _no_tokenizer(folder: Path) -> str:
-    for name in ("tokenizer.model", "vocab.json", "spiece.model"):
+    config = folder / "tokenizer_config.json"
+    if config.exists() and "auto_map" in read_json_object(config):
+        return (
+            "has no tokenizer that can be read: it comes with Python code of its own (auto_map), which Octavo does not "
+            "run; name another folder that has the tokenizer as tokenizer.json with --tokenizer"
+        )
+    for name in ("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"):
         if (folder / name).exists():
             return (
                 f"has {name} but no tokenizer.json; write one with transformers: "
@@ -93,18 +108,8 @@ def _from_folder(folder: Path) -> TokenizerData:
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
+    config, token = _folder_words(folder, tokenizer)
     config_file = folder / "tokenizer_config.json"
-    config = read_json_object(config_file) if config_file.exists() else {}
-    map_file = folder / "special_tokens_map.json"
-    tokens_map = read_json_object(map_file) if map_file.exists() else {}
-
-    def token(role: str) -> tuple[str | None, int | None]:
-        for source, origin in ((config, config_file), (tokens_map, map_file)):
-            content = _token_content(source.get(role), str(origin), role)
-            if content is not None:
-                return content, tokenizer.token_to_id(content)
-        return None, None
-
     bos, bos_id = token("bos_token")
     eos, eos_id = token("eos_token")
     unk, unk_id = token("unk_token")
@@ -124,8 +129,27 @@ def _from_folder(folder: Path) -> TokenizerData:
         bos_token_id=bos_id, eos_token_id=eos_id, unk_token_id=unk_id, pad_token_id=pad_id,
         add_bos_token=want_bos, add_eos_token=want_eos,
         special_token_ids=frozenset(special),
-        chat_templates=_folder_templates(folder, config),
+        chat_templates=folder_templates(folder, config),
     )  # fmt: skip
+
+
+def _folder_words(
+    folder: Path, tokenizer: Tokenizer
+) -> tuple[dict[str, Any], Callable[[str], tuple[str | None, int | None]]]:
+    """``tokenizer_config.json``, and a function from a role such as ``bos_token`` to its (token, id)."""
+    config_file = folder / "tokenizer_config.json"
+    config = read_json_object(config_file) if config_file.exists() else {}
+    map_file = folder / "special_tokens_map.json"
+    tokens_map = read_json_object(map_file) if map_file.exists() else {}
+
+    def token(role: str) -> tuple[str | None, int | None]:
+        for source, origin in ((config, config_file), (tokens_map, map_file)):
+            content = _token_content(source.get(role), str(origin), role)
+            if content is not None:
+                return content, tokenizer.token_to_id(content)
+        return None, None
+
+    return config, token
 
 
 def _token_content(value: Any, file: str, role: str) -> str | None:
@@ -152,14 +176,21 @@ def _adds(tokenizer: Tokenizer, bos_id: int | None, eos_id: int | None) -> tuple
 
 
 def set_template(
-    tokenizer: Tokenizer, bos: tuple[str | None, int | None] | None, eos: tuple[str | None, int | None] | None
+    tokenizer: Tokenizer,
+    bos: tuple[str | None, int | None] | None,
+    eos: tuple[str | None, int | None] | None,
+    *,
+    pair_bos: bool = True,
 ) -> None:
-    """Make ``encode(..., add_special_tokens=True)`` add exactly these (token, id) before and after the text."""
+    """Make ``encode(..., add_special_tokens=True)`` add exactly these (token, id) before and after the text.
+
+    ``pair_bos``: the second of two texts has the first token in front too.
+    """
     around = [pair for pair in (bos, eos) if pair is not None]
     special_tokens = [(str(name), int(index)) for name, index in around if index is not None]
     before = f"{bos[0]}:0 " if bos else ""
     after = f" {eos[0]}:0" if eos else ""
-    before_b = f" {bos[0]}:1" if bos else ""
+    before_b = f" {bos[0]}:1" if bos and pair_bos else ""
     after_b = f" {eos[0]}:1" if eos else ""
     template = TemplateProcessing(
         single=f"{before}$A:0{after}",
@@ -169,36 +200,41 @@ def set_template(
     tokenizer.post_processor = Sequence([ByteLevel(trim_offsets=False), template])  # type: ignore[assignment]
 
 
-def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """All templates of a folder; files win over what tokenizer_config.json says."""
-    templates = _config_templates(config.get("chat_template"), str(folder / "tokenizer_config.json"))
-    for name in ("additional_chat_templates", "chat_templates"):
-        for path in sorted((folder / name).glob("*.jinja")):
-            templates[path.stem] = read_text(path, MAX_TEMPLATE_BYTES)
-    if (folder / "chat_template.jinja").exists():
-        templates[DEFAULT_TEMPLATE] = read_text(folder / "chat_template.jinja", MAX_TEMPLATE_BYTES)
-    elif (folder / "chat_template.json").exists():
-        text = read_json_object(folder / "chat_template.json").get("chat_template")
-        if isinstance(text, str):
-            templates[DEFAULT_TEMPLATE] = text
-    return templates
+# --- folder with another tokenizer file ---
 
 
-def _config_templates(stored: Any, file: str) -> dict[str, str]:
-    if stored is None:
-        return {}
-    if isinstance(stored, str):
-        return {DEFAULT_TEMPLATE: stored}
-    if not isinstance(stored, list):
-        raise CheckpointError(file, f"chat_template must be a string or a list, not {type(stored).__name__}")
-    templates: dict[str, str] = {}
-    for item in cast("list[Any]", stored):
-        entry: dict[str, Any] = cast("dict[str, Any]", item) if isinstance(item, dict) else {}
-        name, text = entry.get("name"), entry.get("template")
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise CheckpointError(file, "chat_template entries must be objects with 'name' and 'template' strings")
-        templates[name] = text
-    return templates
+def _from_unconverted(file: Path) -> TokenizerData:
+    config_file = file.parent / "tokenizer_config.json"
+    own = read_unconverted(file, read_json_object(config_file) if config_file.exists() else {})
+    tokenizer = own.tokenizer
+    config, named = _folder_words(file.parent, tokenizer)
+
+    def token(role: str) -> tuple[str | None, int | None]:
+        content, index = named(role)
+        if content is None or index is None:
+            content = own.roles.get(role)
+            index = None if content is None else tokenizer.token_to_id(content)
+        return content, index
+
+    bos, bos_id = token("bos_token")
+    eos, eos_id = token("eos_token")
+    unk, unk_id = token("unk_token")
+    pad, pad_id = token("pad_token")
+    stated = _flag(config, "add_bos_token", str(config_file))
+    add_bos = (own.add_bos if stated is None else stated) and bos_id is not None
+    add_eos = bool(_flag(config, "add_eos_token", str(config_file))) and eos_id is not None
+    if add_bos or add_eos:
+        set_template(tokenizer, (bos, bos_id) if add_bos else None, (eos, eos_id) if add_eos else None)
+    templates = folder_templates(file.parent, config)
+    template = None if templates else mistral_template(file)
+    return TokenizerData(
+        tokenizer=tokenizer,
+        bos_token=bos, eos_token=eos, unk_token=unk, pad_token=pad,
+        bos_token_id=bos_id, eos_token_id=eos_id, unk_token_id=unk_id, pad_token_id=pad_id,
+        add_bos_token=add_bos, add_eos_token=add_eos,
+        special_token_ids=own.special_ids | {i for i in (bos_id, eos_id, unk_id, pad_id) if i is not None},
+        chat_templates=templates if template is None else {DEFAULT_TEMPLATE: template},
+    )  # fmt: skip
 
 
 # --- GGUF ---
@@ -224,21 +260,28 @@ def _from_gguf(path: Path) -> TokenizerData:
             )
         return tokens[index], index
 
-    bos, bos_id = named("bos")
-    eos, eos_id = named("eos")
+    # A WordPiece text stands between CLS and SEP; the format misspells the key of the second.
+    bos, bos_id = named("cls" if built.is_wordpiece and "tokenizer.ggml.cls_token_id" in metadata else "bos")
+    eos, eos_id = named("seperator" if built.is_wordpiece else "eos")
     unk, unk_id = named("unknown")
     pad, pad_id = named("padding")
+    end_flag = "add_sep_token" if built.is_wordpiece else "add_eos_token"
     add_bos = _gguf_flag(metadata, "add_bos_token", file, built.add_bos_by_default) and bos_id is not None
-    add_eos = _gguf_flag(metadata, "add_eos_token", file, False) and eos_id is not None
+    add_eos = _gguf_flag(metadata, end_flag, file, built.is_wordpiece) and eos_id is not None
     if add_bos or add_eos:
-        set_template(built.tokenizer, (bos, bos_id) if add_bos else None, (eos, eos_id) if add_eos else None)
+        set_template(
+            built.tokenizer,
+            (bos, bos_id) if add_bos else None,
+            (eos, eos_id) if add_eos else None,
+            pair_bos=not built.is_wordpiece,
+        )
     return TokenizerData(
         tokenizer=built.tokenizer,
         bos_token=bos, eos_token=eos, unk_token=unk, pad_token=pad,
         bos_token_id=bos_id, eos_token_id=eos_id, unk_token_id=unk_id, pad_token_id=pad_id,
         add_bos_token=add_bos, add_eos_token=add_eos,
         special_token_ids=built.special_token_ids | {i for i in (bos_id, eos_id) if i is not None},
-        chat_templates=_gguf_templates(metadata, file),
+        chat_templates=gguf_templates(metadata, file),
     )  # fmt: skip
 
 
@@ -247,15 +290,3 @@ def _gguf_flag(metadata: Mapping[str, Any], name: str, file: str, default: bool)
     if not isinstance(value, bool):
         raise CheckpointError(file, f"tokenizer.ggml.{name} must be a boolean, not {value!r:.100}")
     return value
-
-
-def _gguf_templates(metadata: Mapping[str, Any], file: str) -> dict[str, str]:
-    key = "tokenizer.chat_template"
-    templates: dict[str, str] = {}
-    for name, text in metadata.items():
-        if name != key and not name.startswith(f"{key}."):
-            continue
-        if not isinstance(text, str):
-            raise CheckpointError(file, f"{name} must be a string, not {type(text).__name__}")
-        templates[name[len(key) + 1 :] or DEFAULT_TEMPLATE] = text
-    return templates

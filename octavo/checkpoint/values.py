@@ -31,9 +31,8 @@ class Fields:
         return CheckpointError(self.file, f"{self.where}{name} {reason}")
 
     def get(self, name: str) -> Any:
-        """The field, or the family's default, or None."""
-        value = self.values.get(name)
-        return self.defaults.get(name) if value is None else value
+        """The field, or the family's default when it is absent; None for null."""
+        return self.values[name] if name in self.values else self.defaults.get(name)
 
     def optional_integer(self, name: str, low: int, high: int) -> int | None:
         """An integer in ``[low, high]``, or None when the field is absent or null."""

@@ -111,7 +111,8 @@ def set_up(namespace: argparse.Namespace, parser: FlagParser) -> None:
         elif not is_set:
             wants_stats = vars(namespace).get("disable_log_stats") is False
             level = "info" if namespace.verbose or wants_stats else "warning"
-        configure_logging(level)
+        log_format = vars(namespace).get("log_format", environment.log_format)
+        configure_logging(level, log_format=log_format)
     if not namespace.quiet:
         for note in (*parser.notes, *environment.notes):
             tell(note)

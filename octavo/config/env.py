@@ -20,6 +20,7 @@ VARIABLES: Mapping[str, Setting] = {
     "LOGGING_LEVEL": Setting(
         "text", "What the log shows.", "", choices=("debug", "info", "warning", "error", "critical")
     ),
+    "LOG_FORMAT": Setting("text", "text: for people; json: one object per line.", "", choices=("text", "json")),
     "CONFIGURE_LOGGING": Setting(
         "count", "0: the command line leaves logging to the program around it.", "", low=0, high=1
     ),
@@ -38,6 +39,7 @@ class Environment:
     """The variables that are set, as values; ``notes`` says in one line each which were read and which mean nothing."""
 
     logging_level: str = "info"
+    log_format: str = "text"
     configure_logging: bool = True
     log_stats_interval_s: float = 10.0
     attention_backend: str | None = None
@@ -67,6 +69,7 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
     gib = values.get("CPU_KVCACHE_SPACE")
     return Environment(
         logging_level=values.get("LOGGING_LEVEL", "info"),
+        log_format=values.get("LOG_FORMAT", "text"),
         configure_logging=bool(values.get("CONFIGURE_LOGGING", 1)),
         log_stats_interval_s=values.get("LOG_STATS_INTERVAL", 10.0),
         attention_backend=values.get("ATTENTION_BACKEND"),

@@ -37,7 +37,9 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
+    """Added to the mean square, or to the variance, in every norm."""
     rope: RopeConfig
+    """Of every layer that ``layer_ropes`` does not speak of."""
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -45,6 +47,22 @@ class ModelConfig:
     sliding_window: int | None = None
     layer_windows: tuple[int | None, ...] = ()
     """[num_layers] attention window of each layer, None = full; empty means all full."""
+    layer_ropes: tuple[RopeConfig | None, ...] = ()
+    """[num_layers] rotary embedding of each layer, None = no positions; empty means ``rope`` in all."""
+    attention_scale: float | None = None
+    """Multiplies q·k; None = ``head_dim ** -0.5``."""
+    attention_softcap: float | None = None
+    """Scores become ``cap * tanh(score / cap)``."""
+    logit_softcap: float | None = None
+    """The same for the output."""
+    embedding_scale: float = 1.0
+    """Multiplies what comes out of the embedding."""
+    residual_scale: float = 1.0
+    """Multiplies what attention and feed-forward add to the residual stream."""
+    logit_scale: float = 1.0
+    """Multiplies the output, before its soft-cap."""
+    text_half_of: str | None = None
+    """Architecture of the multimodal checkpoint whose language model this is; its weights lie under other names."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """From config.json and generation_config.json together."""
@@ -71,10 +89,16 @@ class ModelConfig:
                 f"({self.num_kv_heads})",
                 param="num_kv_heads",
             )
-        if self.layer_windows and len(self.layer_windows) != self.num_layers:
-            raise ConfigError("model config: layer_windows must have one entry per layer", param="layer_windows")
+        for name in ("layer_windows", "layer_ropes"):
+            if getattr(self, name) and len(getattr(self, name)) != self.num_layers:
+                raise ConfigError(f"model config: {name} must have one entry per layer", param=name)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """[num_layers] attention windows."""
         return self.layer_windows or (None,) * self.num_layers
+
+    @property
+    def ropes(self) -> tuple[RopeConfig | None, ...]:
+        """[num_layers] rotary embeddings, None = no positions."""
+        return self.layer_ropes or (self.rope,) * self.num_layers

@@ -22,8 +22,9 @@ from octavo.errors import EngineDeadError, OctavoError
 from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import ProcessedRequest, Prompt, TokensPrompt
 from octavo.frontend.tokenizer import Tokenizer
-from octavo.messages import EngineReady
+from octavo.messages import EngineReady, RequestTimeline
 from octavo.observability.metrics import Metric
+from octavo.observability.request_stats import RequestStats
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 
@@ -169,13 +170,19 @@ class AsyncLLM:
             if not is_finished:
                 self._drop(request_id, stream)
 
-    async def abort(self, request_id: str | list[str]) -> None:
+    async def abort(self, request_id: str | list[str], *, only_if_waiting: bool = False) -> None:
         """End requests early; their readers get a last output with ``finish_reason`` ``abort``. Unknown ids are
-        ignored."""
+        ignored.
+
+        Args:
+            request_id: One or several.
+            only_if_waiting: Leave alone a request of which the engine has run any part.
+        """
         request_ids = [request_id] if isinstance(request_id, str) else request_id
         with self._lock:
-            children = [child for each in request_ids for child in self._frontend.outputs.core_ids(each)]
-        self._frontend.client.abort(children)
+            groups = [self._frontend.outputs.core_ids(each) for each in request_ids]
+        for children in groups:
+            self._frontend.client.abort(children, only_if_waiting=only_if_waiting)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None) -> TokensPrompt:
         """A conversation as a prompt for ``generate``.
@@ -186,6 +193,14 @@ class AsyncLLM:
         """
         return self._frontend.inputs.render_chat(messages, options)
 
+    def tokenize_prompt(self, text: str, *, add_special_tokens: bool = True, keep: int | None = None) -> TokensPrompt:
+        """A text as a prompt for ``generate``; see ``InputProcessor.tokenize``.
+
+        Raises:
+            ContextLengthError: It is longer than the context.
+        """
+        return self._frontend.inputs.tokenize(text, add_special_tokens=add_special_tokens, keep=keep)
+
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; whether that was possible (it is not while requests run)."""
         return await asyncio.to_thread(self._frontend.client.call, "reset_prefix_cache")
@@ -193,6 +208,27 @@ class AsyncLLM:
     async def get_metrics(self) -> list[Metric]:
         """All counters and gauges of the engine, now."""
         return await asyncio.to_thread(self._frontend.get_metrics)
+
+    def latest_metrics(self, stats: RequestStats | None = None) -> list[Metric]:
+        """All metrics as of the engine's last message; answers at once, whatever the engine does.
+
+        Args:
+            stats: What to show of requests; None for those of this process.
+        """
+        return self._frontend.latest_metrics(self._frontend.stats if stats is None else stats)
+
+    @property
+    def request_stats(self) -> RequestStats | None:
+        """Where the requests of this process are counted; None where they are not."""
+        return self._frontend.stats
+
+    async def timeline(self, request_id: str) -> list[RequestTimeline]:
+        """What became of a request, one entry per sequence; empty if it is not known (any more).
+
+        Raises:
+            EngineDeadError: The engine has ended.
+        """
+        return await asyncio.to_thread(self._frontend.timeline, request_id)
 
     async def check_health(self) -> None:
         """Wait for the engine's loop to answer.

@@ -22,24 +22,34 @@ from octavo.device.registry import find_device_type, probe_hardware
 from octavo.engine.core import EngineCore
 from octavo.executor.executor import Executor, MemoryReport
 from octavo.executor.registry import make_executor
-from octavo.messages import CoreOutput, EngineReady, EngineStarting
+from octavo.messages import CoreOutput, EngineLoading, EngineReady, EngineStarting
 from octavo.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
 ATTENTION_REGISTRY = "octavo.attention.registry"
 """By name, because it imports torch, which takes a second that a frontend's tokenizer can use (EngineStarting)."""
+PHASE_WORDS = {
+    "resolve": "reading the model's settings",
+    "import": "starting the device",
+    "load": "loading the weights",
+    "kv cache": "making the KV cache",
+    "warm-up": "warming up",
+}
 
 
 @dataclass(slots=True)
 class Phases:
     """Seconds of each phase of the start, in order."""
 
+    tell: Callable[[str], None]
+    """Called with each phase that begins, in words."""
     started_s: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
+        self.tell(PHASE_WORDS[name])
         begin_s = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - begin_s
@@ -59,7 +69,7 @@ def build(args: EngineArgs, emit: Callable[[int, CoreOutput], None]) -> tuple[En
     Raises:
         ConfigError, ModelNotFoundError, CheckpointError: The settings, the model or its files will not do.
     """
-    phases = Phases()
+    phases = Phases(lambda words: emit(0, EngineLoading(words)))
     non_default = args.non_default()
     if non_default:
         logger.info("non-default args: %s", non_default)

@@ -16,12 +16,13 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import msgspec
 import zmq
 
 from octavo import errors
+from octavo.engine.heartbeat import Heartbeat
 from octavo.engine.wire import Reader
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.messages import (
@@ -50,6 +51,18 @@ _RESULT_TYPES: dict[str, Any] = {"snapshot": EngineSnapshot}
 """Calls whose value is a struct; over a socket it arrives as a plain list."""
 
 
+class ProcessHandle(Protocol):
+    """What a client needs of the engine process: ``subprocess.Popen``, or a stand-in where another process owns it."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def stdin(self) -> IO[bytes] | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
 class EngineClient(Protocol):
     """An engine as its frontend sees it.
 
@@ -66,8 +79,13 @@ class EngineClient(Protocol):
         """Queue requests. A refusal comes back through ``recv`` as an output with FinishReason.ERROR."""
         ...
 
-    def abort(self, request_ids: list[str]) -> None:
-        """End requests early. Each one still known is answered with a last output, FinishReason.ABORT."""
+    def abort(self, request_ids: list[str], *, only_if_waiting: bool = False) -> None:
+        """End requests early. Each one still known is answered with a last output, FinishReason.ABORT.
+
+        Args:
+            request_ids: Whom to end.
+            only_if_waiting: All or none of them: none if any of them has run already.
+        """
         ...
 
     def recv(self, timeout_s: float | None) -> EngineCoreOutputs | None:
@@ -131,10 +149,10 @@ class _PumpedClient(ABC):
         for request in requests:
             self._send(request)
 
-    def abort(self, request_ids: list[str]) -> None:
+    def abort(self, request_ids: list[str], *, only_if_waiting: bool = False) -> None:
         self._check_alive()
         if request_ids:
-            self._send(AbortRequests(request_ids))
+            self._send(AbortRequests(request_ids, only_if_waiting))
 
     def recv(self, timeout_s: float | None) -> EngineCoreOutputs | None:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -256,18 +274,21 @@ class ZmqClient(_PumpedClient):
         death_fd: Read end of a pipe whose other end only the child holds: readable once the child is gone.
         ready: What the core reported when it was up.
         cleanup: Called once after the sockets are closed.
+        steps: Counts the core's steps.
     """
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        process: ProcessHandle,
         inbound: zmq.Socket[bytes],
         outbound: zmq.Socket[bytes],
         death_fd: int,
         ready: EngineReady,
         cleanup: Callable[[], None],
+        steps: Heartbeat,
     ) -> None:
         super().__init__()
+        self._steps = steps
         self._process = process
         self._inbound = inbound
         self._outbound = outbound
@@ -288,9 +309,14 @@ class ZmqClient(_PumpedClient):
         return self._ready
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> ProcessHandle:
         """The engine process, to watch; ending it is ``close``'s work."""
         return self._process
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that the engine has finished; known even when it answers nobody."""
+        return self._steps.read()
 
     @property
     def num_dropped_messages(self) -> int:
@@ -334,7 +360,7 @@ class ZmqClient(_PumpedClient):
 
 
 def _release(
-    process: subprocess.Popen[bytes], sockets: list[zmq.Socket[bytes]], death_fd: int, cleanup: Callable[[], None]
+    process: ProcessHandle, sockets: list[zmq.Socket[bytes]], death_fd: int, cleanup: Callable[[], None]
 ) -> None:
     end_process(process)
     for socket in sockets:
@@ -351,7 +377,7 @@ def make_error(class_name: str, message: str) -> OctavoError:
     return OctavoError(f"{class_name}: {message}")
 
 
-def describe_exit(process: subprocess.Popen[bytes]) -> str:
+def describe_exit(process: ProcessHandle) -> str:
     """A sentence on how an engine process ended, for one that did not say it itself."""
     try:
         code = process.wait(CLOSE_TIMEOUT_S)
@@ -363,7 +389,7 @@ def describe_exit(process: subprocess.Popen[bytes]) -> str:
     return f"the engine process ended with status {code}; its last words are on standard error"
 
 
-def end_process(process: subprocess.Popen[bytes]) -> None:
+def end_process(process: ProcessHandle) -> None:
     """Close the child's stdin, which asks it to end; then insist."""
     if process.stdin is not None:
         process.stdin.close()

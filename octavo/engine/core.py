@@ -16,6 +16,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from octavo.errors import OctavoError
 from octavo.executor.executor import Executor
 from octavo.messages import (
@@ -30,6 +32,7 @@ from octavo.messages import (
     EngineSnapshot,
     FinishReason,
     ModelRunnerOutput,
+    RequestTimeline,
     SchedulerOutput,
 )
 
@@ -46,13 +49,17 @@ class PlansSteps(Protocol):
     """What the loop needs of ``scheduler.Scheduler``."""
 
     def add(self, request: EngineCoreRequest, /) -> None: ...
-    def abort(self, request_ids: list[str], /) -> list[EngineCoreOutput]: ...
+    def abort(self, request_ids: list[str], /, *, only_if_waiting: bool = False) -> list[EngineCoreOutput]: ...
     def schedule(self) -> SchedulerOutput | None: ...
     def update(self, plan: SchedulerOutput, result: ModelRunnerOutput, /) -> list[EngineCoreOutput]: ...
     def grammar_mask(self, plan: SchedulerOutput, /) -> bytes | None: ...
     def snapshot(self) -> EngineSnapshot: ...
+    def timeline(self, request_id: str, /) -> list[RequestTimeline]: ...
     def reset_prefix_cache(self) -> bool: ...
     def check_books(self) -> None: ...
+
+
+def _nothing() -> None: ...
 
 
 class InFlight(NamedTuple):
@@ -95,11 +102,14 @@ class EngineCore:
         self._snapshot_due_s = 0.0
         self._books_due_s = 0.0
         self._is_settled = True  # nothing was done since the last look at the books
+        self._on_step: Callable[[], None] = _nothing
         self._calls: dict[str, Callable[..., Any]] = {
             "check_books": scheduler.check_books,
             "ping": lambda: "pong",
             "reset_prefix_cache": scheduler.reset_prefix_cache,
             "snapshot": scheduler.snapshot,
+            # Plain data: what runs goes on changing, also where a client shares this process.
+            "timeline": lambda request_id: msgspec.to_builtins(scheduler.timeline(request_id)),
         }
 
     # ------------------------------------------------------------------------------------------ from other threads
@@ -111,6 +121,16 @@ class EngineCore:
     def add_call(self, method: str, function: Callable[..., Any]) -> None:
         """Offer one more method to ``CoreCall``; before the loop runs."""
         self._calls[method] = function
+
+    def attach(self, *, num_clients: int, on_step: Callable[[], None]) -> None:
+        """Tell who is around the loop; before it runs.
+
+        Args:
+            num_clients: Frontends.
+            on_step: Called after each step, from the loop's thread.
+        """
+        self._num_clients = num_clients
+        self._on_step = on_step
 
     def stop(self) -> None:
         """Make ``run`` return after the step at hand; from any thread, also from a signal handler."""
@@ -194,7 +214,7 @@ class EngineCore:
         if isinstance(message, EngineCoreRequest):
             self._add(message)
         elif isinstance(message, AbortRequests):
-            self._deliver(self._scheduler.abort(message.request_ids))
+            self._deliver(self._scheduler.abort(message.request_ids, only_if_waiting=message.only_if_waiting))
         else:
             self._emit(message.client_index, self._answer(message))
 
@@ -226,6 +246,7 @@ class EngineCore:
     def _finish(self, step: InFlight) -> None:
         result = step.future.result()  # waits for this step only, not for those queued behind it
         outputs = self._scheduler.update(step.plan, result)
+        self._on_step()
         if self._in_flight and self._in_flight[0].plan.defer_sampling:
             waiting = self._in_flight[0].plan  # every token before its own is known now
             mask = self._scheduler.grammar_mask(waiting)

@@ -8,6 +8,7 @@ nothing else; bytes that are not are dropped and counted.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import os
@@ -19,15 +20,25 @@ import threading
 import traceback
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 import msgspec
 import zmq
 
 from octavo.config.args import EngineArgs
 from octavo.engine.core import EngineCore
+from octavo.engine.heartbeat import DUMP_SIGNAL, Heartbeat
 from octavo.engine.wire import Reader, make_socket
 from octavo.errors import CheckpointError, OctavoError
-from octavo.messages import CoreDead, CoreInput, CoreOutput, EngineReady, StartupFailure
+from octavo.messages import (
+    CoreDead,
+    CoreInput,
+    CoreOutput,
+    EngineLoading,
+    EngineReady,
+    EngineStarting,
+    StartupFailure,
+)
 from octavo.utils.logging import configure_logging
 
 logger = logging.getLogger("octavo.engine.core_main")
@@ -49,8 +60,11 @@ class LaunchOrder(msgspec.Struct):
     """Holds the sockets; removed at the end, here too in case the parent was killed."""
     death_fd: int
     """Write end of a pipe; held open, never written."""
+    steps_path: str
+    """Where to count steps; see ``heartbeat.py``."""
     log_level: str | None
     """As the parent configured its log; None where it left that to its user."""
+    log_format: str = "text"
 
 
 def resolve_build(path: str) -> tuple[type, Callable[..., tuple[EngineCore, EngineReady]]]:
@@ -85,7 +99,10 @@ class Outbox:
             socket.connect(address)
         while (item := self._queue.get()) is not None:
             client_index, message = item
-            sockets[client_index].send(encoder.encode(message))
+            data = encoder.encode(message)
+            is_news = isinstance(message, EngineLoading | EngineStarting)  # a build knows no frontends
+            for socket in sockets if is_news else [sockets[client_index]]:
+                socket.send(data)
         for socket in sockets:
             socket.close(linger=FLUSH_MS)
 
@@ -155,7 +172,9 @@ def main() -> int:
     order = read_order()
     os.set_inheritable(order.death_fd, False)
     if order.log_level is not None:
-        configure_logging(order.log_level)
+        configure_logging(order.log_level, log_format=order.log_format)
+    # A watchdog asks for the stacks of a process that does not answer; this needs no interpreter that still runs.
+    faulthandler.register(DUMP_SIGNAL, all_threads=True)
     is_stopping = threading.Event()
     running: list[EngineCore] = []
 
@@ -198,6 +217,7 @@ def run_engine(
         for client_index in everyone:
             outbox.emit(client_index, describe_failure(error))
         return 1
+    core.attach(num_clients=len(order.outbound), on_step=Heartbeat(Path(order.steps_path)).beat)
     running.append(core)
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process; later collections need not walk it

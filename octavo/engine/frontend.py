@@ -9,23 +9,27 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from octavo import errors
 from octavo.config.args import EngineArgs
 from octavo.config.env import read_environment
 from octavo.config.sections import FrontendConfig
-from octavo.engine.client import EngineClient
-from octavo.engine.launch import BUILD, launch_engine
+from octavo.engine.client import EngineClient, InProcessClient
+from octavo.engine.launch import BUILD, OnStarting, launch_engine
 from octavo.errors import EngineDeadError, InvalidRequestError, OctavoError
 from octavo.frontend.input_processor import InputProcessor, ProcessedRequest, Prompt
 from octavo.frontend.output_processor import OutputProcessor
 from octavo.frontend.tokenizer import Tokenizer, load_tokenizer
-from octavo.messages import EngineCoreOutput, EngineCoreOutputs, EngineStarting
-from octavo.observability.metrics import Metric, metrics_of
+from octavo.messages import EngineCoreOutput, EngineCoreOutputs, EngineSnapshot, EngineStarting, RequestTimeline
+from octavo.observability.metrics import Metric, metrics_of, request_metrics
+from octavo.observability.request_stats import RequestStats
 from octavo.observability.stats import LOG_INTERVAL_S, ThroughputMeter
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
@@ -62,8 +66,12 @@ class Frontend:
         self.client = client
         self.tokenizer = tokenizer
         self.inputs = InputProcessor(config.model, config.frontend, config.scheduler.max_model_len, tokenizer)
-        self.outputs = OutputProcessor(tokenizer)
+        # An engine in this process shares its thread with us: there nothing is counted that nobody asked for.
+        self.stats = RequestStats() if log_stats or not isinstance(client, InProcessClient) else None
+        self.outputs = OutputProcessor(tokenizer, self.stats)
         self.next_id = itertools.count()
+        num_blocks = client.ready.num_blocks
+        self._snapshot = EngineSnapshot(time.monotonic(), num_blocks=num_blocks, num_free_blocks=num_blocks - 1)
         label = "" if config.device.device_type == "cpu" else "GPU"
         self._meter = ThroughputMeter(device_label=label, interval_s=log_interval_s) if log_stats else None
 
@@ -90,9 +98,14 @@ class Frontend:
         Raises:
             InvalidRequestError: Another unfinished request has this id.
             EngineDeadError: The engine has ended.
+            QuarantinedError: The engine ended twice over this very request.
         """
         self.outputs.register(request)
-        self.client.submit(request.core_requests)
+        try:
+            self.client.submit(request.core_requests)
+        except OctavoError:
+            self.outputs.forget([request.request_id])
+            raise
 
     def abort(self, request_ids: list[str]) -> None:
         """Forget requests here and end them in the engine; unknown ids are ignored. No output follows."""
@@ -100,8 +113,9 @@ class Frontend:
 
     def take(self, received: EngineCoreOutputs) -> tuple[list[RequestOutput], list[Refusal]]:
         """What one message of the engine means for the callers. Requests that a stop string ended are aborted."""
-        if received.snapshot is not None and self._meter is not None:
-            line = self._meter.record(received.snapshot)
+        if received.snapshot is not None:
+            self._snapshot = received.snapshot
+            line = None if self._meter is None else self._meter.record(received.snapshot)
             if line is not None:
                 logger.info("%s", line)
         refused = {output.request_id: output for output in received.outputs if output.error_code is not None}
@@ -121,9 +135,28 @@ class Frontend:
         return refusals
 
     def get_metrics(self) -> list[Metric]:
-        """All counters and gauges of the engine, now."""
+        """All metrics of the engine, now; with those of requests where they are counted."""
+        self._snapshot = self.client.call("snapshot")
+        return self.latest_metrics(self.stats)
+
+    def latest_metrics(self, stats: RequestStats | None) -> list[Metric]:
+        """The same as of the engine's last message, at most a quarter of a second old while it works: asks nobody.
+
+        Args:
+            stats: What to show of requests: ours, or the sum over several frontends.
+        """
         config = self.client.ready.config
-        return metrics_of(self.client.call("snapshot"), config.cache, config.frontend.served_model_names[0])
+        name = config.frontend.served_model_names[0]
+        metrics = metrics_of(self._snapshot, config.cache, name)
+        return metrics if stats is None else metrics + request_metrics(stats, name)
+
+    def timeline(self, request_id: str) -> list[RequestTimeline]:
+        """What became of a request, one entry per sequence; empty if it is not known (any more).
+
+        Raises:
+            EngineDeadError: The engine has ended.
+        """
+        return msgspec.convert(self.client.call("timeline", request_id), list[RequestTimeline])
 
 
 def start_frontend(args: EngineArgs, in_process: bool, log_stats: bool | None = None, build: str = BUILD) -> Frontend:
@@ -138,6 +171,20 @@ def start_frontend(args: EngineArgs, in_process: bool, log_stats: bool | None = 
     Raises:
         ConfigError, ModelNotFoundError, CheckpointError, EngineDeadError: See ``launch_engine``.
     """
+    is_logging = args.disable_log_stats is False if log_stats is None else log_stats
+    return assemble(lambda on_starting: launch_engine(args, in_process, on_starting, build), is_logging)
+
+
+def assemble(connect: Callable[[OnStarting], EngineClient], is_logging: bool) -> Frontend:
+    """A frontend around a client, with the tokenizer built in a thread while the engine loads.
+
+    Args:
+        connect: Starts the engine, or finds it, and waits until it takes requests.
+        is_logging: Whether to log throughput while the engine works.
+
+    Raises:
+        ConfigError, ModelNotFoundError, CheckpointError, EngineDeadError: As ``connect`` does; a tokenizer's fault too.
+    """
     pool = ThreadPoolExecutor(1, thread_name_prefix="octavo-tokenizer")
     loading: list[Future[Tokenizer | None]] = []
 
@@ -145,10 +192,9 @@ def start_frontend(args: EngineArgs, in_process: bool, log_stats: bool | None = 
         loading.append(pool.submit(_load_tokenizer, message.config.frontend))
 
     try:
-        client = launch_engine(args, in_process, on_starting, build)
+        client = connect(on_starting)
         try:
             tokenizer = loading[0].result() if loading else _load_tokenizer(client.ready.config.frontend)
-            is_logging = args.disable_log_stats is False if log_stats is None else log_stats
             return Frontend(client, tokenizer, is_logging, read_environment(os.environ).log_stats_interval_s)
         except BaseException:
             client.close()

@@ -135,6 +135,12 @@ class ChatOptions:
     """``string`` (and ``auto``): text parts are joined by newlines; ``openai``: templates get lists of parts."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further variables for the template, such as ``enable_thinking``."""
+    documents: Sequence[Mapping[str, str]] | None = None
+    """For templates that know documents."""
+    add_special_tokens: bool = False
+    """Tokenize the rendered text like plain text, with BOS where the model wants it."""
+    truncate_prompt_tokens: int | None = None
+    """Keep only this many last tokens; -1: as many as fit."""
 
 
 class ChatTemplates:

@@ -121,9 +121,27 @@ class InputProcessor:
         if tools is not None:
             raise InvalidRequestError("tools are not supported by this version of Octavo yet", param="tools")
         tokenizer = self._need_tokenizer("messages", "a conversation")
+        options = options or ChatOptions()
         text = tokenizer.chat_templates.render(messages, options)
-        # The template has written BOS itself where the model wants it.
-        return {"prompt": text, "prompt_token_ids": self._encode(tokenizer, text, "messages", special=False)}
+        # The template has written BOS itself where the model wants it, unless the caller knows better.
+        special, keep = options.add_special_tokens, options.truncate_prompt_tokens
+        return {
+            "prompt": text,
+            "prompt_token_ids": self._encode(tokenizer, text, "messages", special=special, keep=keep),
+        }
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True, keep: int | None = None) -> TokensPrompt:
+        """A text as a prompt for ``process``.
+
+        Args:
+            text: The prompt.
+            add_special_tokens: Add BOS where the model wants it.
+            keep: Keep only this many last tokens; -1: as many as fit.
+
+        Raises:
+            ContextLengthError: It is longer than the context.
+        """
+        return {"prompt": text, "prompt_token_ids": self._token_ids_of(text, special=add_special_tokens, keep=keep)}
 
     def process(
         self,
@@ -247,9 +265,9 @@ class InputProcessor:
             param=param,
         )
 
-    def _token_ids_of(self, text: str) -> list[int]:
+    def _token_ids_of(self, text: str, *, special: bool = True, keep: int | None = None) -> list[int]:
         tokenizer = self._need_tokenizer("prompt", "a text prompt")
-        ids = self._encode(tokenizer, text, "prompt", special=True)
+        ids = self._encode(tokenizer, text, "prompt", special=special, keep=keep)
         bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos_id, bos_id] and text.startswith(bos):
             del ids[0]  # a text out of a chat template has its BOS already
@@ -261,8 +279,15 @@ class InputProcessor:
             )
         return ids
 
-    def _encode(self, tokenizer: Tokenizer, text: str, param: str, *, special: bool) -> list[int]:
-        """Tokenize; a text that is far too long is refused after as much of it as shows that."""
+    def _encode(
+        self, tokenizer: Tokenizer, text: str, param: str, *, special: bool, keep: int | None = None
+    ) -> list[int]:
+        """Tokenize; a text that is far too long is refused after as much of it as shows that. With ``keep``, only so
+        many last tokens of it are looked at."""
+        if keep is not None:
+            ids = tokenizer.encode(text, add_special_tokens=special)
+            ids = ids[-min(keep if keep > 0 else self._max_model_len, self._max_model_len - 1) :]
+            return self._checked_ids(tokenizer, ids, param)
         size = self._max_model_len * CHARS_PER_TOKEN_GUESS
         if len(text) > size:
             widest = tokenizer.max_token_bytes
@@ -272,7 +297,9 @@ class InputProcessor:
             beginning = len(tokenizer.encode(text[:size], add_special_tokens=special)) - BOUNDARY_TOKENS
             self._check_length(beginning, param, at_least=True)
             size *= 4
-        ids = tokenizer.encode(text, add_special_tokens=special)
+        return self._checked_ids(tokenizer, tokenizer.encode(text, add_special_tokens=special), param)
+
+    def _checked_ids(self, tokenizer: Tokenizer, ids: list[int], param: str) -> list[int]:
         self._check_length(len(ids), param)
         if ids and max(ids) >= self._vocab_size:
             token = tokenizer.convert_ids_to_tokens(max(ids))

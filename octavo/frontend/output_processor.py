@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from octavo.errors import InvalidRequestError
 from octavo.frontend.detokenizer import Detokenizer
@@ -27,6 +28,16 @@ from octavo.outputs import (
     SampleLogprobs,
 )
 from octavo.sampling_params import RequestOutputKind, SamplingParams
+
+
+class RequestObserver(Protocol):
+    """Is told what users see happening; ``observability/request_stats.py`` counts it."""
+
+    def first_token(self, latency_s: float, /) -> None: ...
+    def later_token(self, gap_s: float, /) -> None: ...
+    def finished(
+        self, request: ProcessedRequest, stats: RequestStateStats, num_cached_tokens: int, now_s: float, /
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +116,8 @@ class _Answer:
         self.stop_reason: int | str | None = None
         self.error: str | None = None
         self.timings: RequestTimings | None = None
+        self.last_token_s = 0.0
+        """When its newest token arrived, 0.0 before the first."""
         self._hides_stop_token = not params.include_stop_str_in_output
         self._num_named = len(dict.fromkeys(params.logprob_token_ids or ()))
         wants_logprobs = params.logprobs is not None or self._num_named > 0
@@ -177,7 +190,7 @@ class _Request:
             self._prompt_logprobs = _LogprobColumns(params.flat_logprobs, self.decode_token)
             self._prompt_logprobs.append_none()
 
-    def note(self, answer: _Answer, output: EngineCoreOutput, now: _Now) -> None:
+    def note(self, answer: _Answer, output: EngineCoreOutput, now: _Now, observer: RequestObserver | None) -> None:
         """Take in what belongs to the request as a whole; before ``answer.apply``."""
         if answer.index == 0:
             self.num_cached_tokens = max(self.num_cached_tokens or 0, output.num_cached_tokens)
@@ -190,6 +203,11 @@ class _Request:
             if not stats.first_token_ts:
                 stats.first_token_ts = now.monotonic_s
                 stats.first_token_latency = now.time_s - stats.arrival_time
+                if observer is not None:
+                    observer.first_token(stats.first_token_latency)
+            elif observer is not None and answer.last_token_s:
+                observer.later_token(now.monotonic_s - answer.last_token_s)
+            answer.last_token_s = now.monotonic_s
 
     def output(self) -> RequestOutput | None:
         """What the caller gets after this batch; None when there is nothing to show."""
@@ -258,10 +276,12 @@ class OutputProcessor:
 
     Args:
         tokenizer: None under ``skip_tokenizer_init``: outputs have ids and no text.
+        observer: Counts what happens, if anybody wants to know.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, observer: RequestObserver | None = None) -> None:
         self._tokenizer = tokenizer
+        self._observer = observer
         self._requests: dict[str, _Request] = {}
         self._answers: dict[str, _Answer] = {}
         """By core request id; unfinished ones only."""
@@ -324,7 +344,7 @@ class OutputProcessor:
             if answer is None:
                 continue
             request = answer.request
-            request.note(answer, output, now)
+            request.note(answer, output, now, self._observer)
             if answer.apply(output):
                 abort_ids.append(output.request_id)
             if answer.finish_reason is not None:
@@ -339,4 +359,7 @@ class OutputProcessor:
             request_outputs.append(made)
             if made.finished:
                 del self._requests[request_id]
+                if self._observer is not None:
+                    cached = request.num_cached_tokens or 0
+                    self._observer.finished(request.processed, request.stats, cached, now.time_s)
         return ProcessedOutputs(request_outputs, abort_ids)

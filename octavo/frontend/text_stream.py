@@ -25,6 +25,8 @@ from typing import Any, Protocol, cast
 
 from tokenizers import Tokenizer as RawTokenizer
 
+from octavo.checkpoint.byte_bpe import byte_alphabet
+
 REPLACEMENT = "\ufffd"
 MAX_PENDING_TOKENS = 8
 """A character has at most four bytes, so at most four tokens: a longer wait is for something that is not text."""
@@ -143,24 +145,11 @@ def _piece_text(piece: str | bytes) -> str:
     return piece if isinstance(piece, str) else piece.decode("utf-8", "replace")
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's map from printable characters to bytes: printable Latin-1 stands for itself, the rest from U+0100 on."""
-    alphabet: dict[str, int] = {}
-    shifted = 0
-    for byte in range(256):
-        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:
-            alphabet[chr(byte)] = byte
-        else:
-            alphabet[chr(0x100 + shifted)] = byte
-            shifted += 1
-    return alphabet
-
-
 class ByteLevelDecoder:
     """Byte-level BPE: each character of a token is one byte."""
 
     def __init__(self, raw: RawTokenizer) -> None:
-        self._alphabet = _byte_alphabet()
+        self._alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
         self._pieces = _Pieces(raw, self._to_piece)
 
     def _to_piece(self, token: str) -> str | bytes:

@@ -40,3 +40,15 @@ def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
         return gpu_kernels("activation").gated(gate_up, is_gelu=True)
     size = gate_up.shape[-1] // 2
     return torch.mul(F.gelu(gate_up[:, :size], approximate="tanh"), gate_up[:, size:])
+
+
+def gelu_and_mul(gate_up: Tensor) -> Tensor:
+    """``gelu(gate) * up`` with the error function, for ``gate_up [T, 2F]``. Returns ``[T, F]``, contiguous."""
+    size = gate_up.shape[-1] // 2
+    return torch.mul(F.gelu(gate_up[:, :size]), gate_up[:, size:])
+
+
+def relu_and_mul(gate_up: Tensor) -> Tensor:
+    """``relu(gate) * up`` for ``gate_up [T, 2F]``. Returns ``[T, F]``, contiguous; ``gate_up`` may be overwritten."""
+    size = gate_up.shape[-1] // 2
+    return torch.mul(F.relu(gate_up[:, :size], inplace=True), gate_up[:, size:])

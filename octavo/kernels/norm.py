@@ -1,4 +1,4 @@
-"""Root mean square normalisation, alone and behind the addition to the residual stream."""
+"""Normalisation, alone and behind the addition to the residual stream."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args:
         x: ``[..., size]``, any float dtype; read only.
-        weight: ``[size]``.
+        weight: ``[size]``. Of x's dtype: the normalised value is rounded to it before the product. In float32: it is
+            rounded after.
         eps: Added to the mean square.
 
     Returns:
         A new tensor of x's shape and dtype.
     """
     wide = x.float()
-    return ((wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)) * weight
+    return ((wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(weight.dtype) * weight).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,6 +34,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         native = native_kernels()
         if native is not None and x.device.type == "cpu":
             return native.rms_norm(x, weight, eps)
+    if weight.dtype is not x.dtype:
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -62,3 +65,21 @@ def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) ->
             return native.add_rms_norm(residual, delta, weight, eps)
     residual += delta
     return rms_norm(residual, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the last dimension, computed in float32.
+
+    Args:
+        x: ``[..., size]``, any float dtype; read only.
+        weight: ``[size]``, of the same dtype.
+        bias: ``[size]``, of the same dtype.
+        eps: Added to the variance.
+    """
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(residual: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``residual += delta``, both ``[T, size]``, then ``layer_norm`` of the sum."""
+    residual += delta
+    return layer_norm(residual, weight, bias, eps)

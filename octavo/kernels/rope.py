@@ -43,6 +43,8 @@ def rotate_ref(x_THD: Tensor, rotation: Tensor) -> None:
 def rotate(x_THD: Tensor, rotation: Tensor) -> None:
     """As ``rotate_ref``, in one pass; the heads of a token must be contiguous. In float32 by the compiled kernel where
     it applies, else as one complex product."""
+    if rotation.shape[-1] == 0:
+        return  # a layer without positions
     if x_THD.dtype is torch.float32 and x_THD.device.type == "cpu":
         native = native_kernels()
         if native is not None:

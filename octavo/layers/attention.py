@@ -87,3 +87,22 @@ class Attention(Layer):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self._backend.attend(q, k, v, self._cache, meta, out)
         return out.flatten(1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
+        """As ``forward``, for a model that has prepared queries and keys itself.
+
+        Args:
+            q: ``[T, H, D]``, each dense, positions applied.
+            k: ``[T, G, D]``.
+            v: ``[T, G, D]``.
+            batch: The step.
+
+        Returns:
+            ``[T, H * D]``.
+        """
+        assert self._backend is not None and self._cache is not None, "bind() comes before the first step"
+        meta = batch.metadata[self._group_index]
+        self._backend.write(k, v, self._cache, meta)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        self._backend.attend(q, k, v, self._cache, meta, out)
+        return out.flatten(1)

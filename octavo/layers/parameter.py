@@ -24,8 +24,9 @@ class ParameterSlot(Protocol):
         ...
 
     def load(self, tensor: Tensor, shard: str | None = None, row_start: int = 0) -> None:
-        """Copy ``tensor`` (any float dtype; converted) to rows ``row_start...`` of the parameter or shard. Storage is
-        allocated at the first call. When the last row has arrived, the owner's ``after_load`` runs once."""
+        """Copy ``tensor`` (any float dtype; converted) to rows ``row_start...`` of the shard, or of the whole
+        parameter, whose shards lie one after another. Storage is allocated at the first call. When the last row has
+        arrived, the owner's ``after_load`` runs once."""
         ...
 
     def missing(self) -> list[str]:
@@ -77,6 +78,9 @@ class Parameter:
             KeyError: No such shard.
             ValueError: The rows do not fit, have another width, or were loaded before.
         """
+        if shard is None and None not in self._rows:
+            self._load_fused(tensor, row_start)
+            return
         expected = (self._rows[shard], *self._shape[1:])
         row_end = row_start + tensor.shape[0]
         if tensor.shape[1:] != expected[1:] or row_start < 0 or row_end > expected[0]:
@@ -94,6 +98,15 @@ class Parameter:
             storage, self._storage = self._storage, None
             self._complete(storage)
 
+    def _load_fused(self, tensor: Tensor, row_start: int) -> None:
+        row_end = row_start + tensor.shape[0]
+        if row_start < 0 or row_end > self._shape[0]:
+            raise ValueError(f"shape {tuple(tensor.shape)} at row {row_start} does not fit into {self._shape}")
+        for name, start in self._starts.items():
+            first, last = max(row_start, start), min(row_end, start + self._rows[name])
+            if first < last:
+                self.load(tensor[first - row_start : last - row_start], name, first - start)
+
     def missing(self) -> list[str]:
         """See ParameterSlot."""
         return [
@@ -104,7 +117,7 @@ class Parameter:
 
 
 class Layer:
-    """A node of the model tree: its Parameters and child layers are its attributes."""
+    """A node of the model tree: its Parameters and child layers are its attributes, but for private ones."""
 
     def slots(self, prefix: str = "") -> dict[str, ParameterSlot]:
         """Parameters below this node under dotted names. A layer that is reached twice keeps its first name."""
@@ -122,6 +135,8 @@ def _walk(node: object, prefix: str, found: dict[str, ParameterSlot], seen: set[
     elif isinstance(node, Layer):
         seen.add(id(node))
         for name, child in vars(node).items():
+            if name.startswith("_"):
+                continue
             _walk(child, f"{prefix}.{name}" if prefix else name, found, seen)
     elif isinstance(node, list | tuple):
         for index, child in enumerate(node):

@@ -1,7 +1,9 @@
 """Rotary position embedding: the frequencies of each RoPE type, and the table of rotations by position.
 
 Types: default; linear (position interpolation); llama3 (frequency bands, Llama 3.1); yarn (Peng et al., "YaRN", 2023);
-dynamic, whose rotations equal the default ones up to the trained length and which is therefore refused beyond it.
+longrope (Ding et al., "LongRoPE", 2024), whose long factors are used when the engine serves sequences beyond the
+trained length, else its short ones; dynamic, whose rotations equal the default ones up to the trained length and which
+is therefore refused beyond it. Layers without positions get a table of width 0.
 The table is computed once. Layers get it with the positions of a step: kernels that rotate while they do something else
 read its rows themselves, others share rows that are gathered once a step. See ``kernels/rope.py``.
 """
@@ -19,19 +21,19 @@ from octavo.config.model import RopeConfig
 from octavo.errors import ConfigError
 from octavo.kernels.rope import interleave_order, rotate
 
-SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
 class Rotary:
     """``[max_positions, R / 2]`` complex64 rotations of one RoPE configuration."""
 
     def __init__(
-        self, rope: RopeConfig, head_dim: int, max_positions: int, trained_positions: int, device: torch.device
+        self, rope: RopeConfig | None, head_dim: int, max_positions: int, trained_positions: int, device: torch.device
     ) -> None:
         """Compute the table.
 
         Args:
-            rope: As the model's config says.
+            rope: As the model's config says; None for layers without positions.
             head_dim: Size of a head; ``partial_rotary_factor`` of it rotates.
             max_positions: Rows of the table: the longest sequence that the engine serves.
             trained_positions: The model's ``max_position_embeddings``.
@@ -40,10 +42,12 @@ class Rotary:
         Raises:
             ConfigError: The type is unknown, a parameter is missing, or ``dynamic`` is asked beyond its length.
         """
-        self.rotary_dim = int(head_dim * rope.partial_rotary_factor) // 2 * 2
+        self.rotary_dim = 0 if rope is None else int(head_dim * rope.partial_rotary_factor) // 2 * 2
         self.head_order = interleave_order(head_dim, self.rotary_dim)
         """[D] where each stored dimension of a head comes from in the checkpoint."""
-        frequencies, magnitude = rope_frequencies(rope, self.rotary_dim, max_positions, trained_positions)
+        frequencies, magnitude = torch.empty(0), 1.0
+        if rope is not None:
+            frequencies, magnitude = rope_frequencies(rope, self.rotary_dim, max_positions, trained_positions)
         angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
         self._table = torch.polar(torch.full_like(angles, magnitude), angles).to(device)
 
@@ -100,6 +104,8 @@ def rope_frequencies(
         return _llama3(base, scaling), 1.0
     if kind == "yarn":
         return _yarn(base, scaling, rope.theta, rotary_dim, trained_positions)
+    if kind == "longrope":
+        return _longrope(base, scaling, max_positions, trained_positions)
     if kind == "dynamic":
         if max_positions > trained_positions:
             raise ConfigError(
@@ -166,3 +172,23 @@ def _yarn(
     if mscale and mscale_all_dim:
         return frequencies, temperature(mscale) / temperature(mscale_all_dim)
     return frequencies, temperature(1.0)
+
+
+def _longrope(
+    base: Tensor, scaling: Mapping[str, Any], max_positions: int, trained_positions: int
+) -> tuple[Tensor, float]:
+    """One divisor per frequency: from one list up to the length of the first training, from the other beyond.
+
+    The choice holds for an engine, not for a request: keys that are in the cache cannot be rotated anew when a sequence
+    grows past that length.
+    """
+    original = _number(scaling, "longrope", "original_max_position_embeddings", float(trained_positions))
+    name = "long_factor" if max_positions > original else "short_factor"
+    divisors = scaling.get(name)
+    if not isinstance(divisors, list) or len(divisors) != len(base):
+        raise ConfigError(f"rope type 'longrope' needs a list {name!r} of {len(base)} numbers", param="rope_scaling")
+    frequencies = base / torch.tensor(divisors, dtype=torch.float32)
+    if scaling.get("attention_factor") is not None:
+        return frequencies, _number(scaling, "longrope", "attention_factor")
+    factor = _number(scaling, "longrope", "factor", trained_positions / original)
+    return frequencies, 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

@@ -15,7 +15,8 @@ from octavo.device.device import Device
 from octavo.errors import CheckpointError, OctavoError
 from octavo.layers.parameter import ParameterSlot
 from octavo.loader.source import RowSlice, WeightSource
-from octavo.models.interface import WeightMap
+from octavo.loader.stacks import cut_stack, stack_part
+from octavo.models.interface import Stack, WeightMap
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MAX_NAMED = 8
@@ -41,6 +42,8 @@ class Placement:
     def __init__(self, slots: Mapping[str, ParameterSlot], weight_map: WeightMap) -> None:
         self._slots = slots
         self._map = weight_map
+        self._renamed = dict(weight_map.renames)
+        self._original = {new: old for old, new in weight_map.renames}
 
     def find(self, name: str) -> Place | None:
         """The place of checkpoint tensor ``name``; None when the model has no parameter for it."""
@@ -48,18 +51,26 @@ class Placement:
             if name.startswith(old):
                 name = new + name[len(old) :]
                 break
-        parts = name.split(".")
+        parts = [word for part in name.split(".") if (word := self._renamed.get(part, part))]
+        name = ".".join(parts)
         for shard in self._map.shards:
             if shard.source in parts:
                 target = ".".join(shard.target if part == shard.source else part for part in parts)
                 slot = self._slots.get(target)
                 if slot is not None:
                     return Place(slot, shard.shard, slot.expected_shape(shard.shard))
+        # A fused parameter under its own name: its shards one after another.
         slot = self._slots.get(name)
-        # A fused parameter is filled by its shards only; a checkpoint that stores it fused has another layout.
-        if slot is None or self._shards_of(name, slot):
+        return None if slot is None else Place(slot, None, slot.expected_shape())
+
+    def find_stack(self, name: str) -> Stack | None:
+        """How checkpoint tensor ``name`` is cut into tensors of single experts; None for what is no such stack."""
+        if not self._map.stacks or self.find(name) is not None:
             return None
-        return Place(slot, None, slot.expected_shape())
+        for stack in self._map.stacks:
+            if name.endswith("." + stack.source) and self.find(stack_part(stack, name, 0, 0)) is not None:
+                return stack
+        return None
 
     def is_ignored(self, name: str) -> bool:
         """Whether the model skips this name knowingly."""
@@ -101,6 +112,7 @@ class Placement:
         return result
 
     def _checkpoint_name(self, name: str) -> str:
+        name = ".".join(self._original.get(part, part) for part in name.split("."))
         for old, new in self._map.prefixes:
             if name.startswith(new):
                 return old + name[len(new) :]
@@ -126,7 +138,7 @@ def fill(placement: Placement, source: WeightSource, origin: str, device: Device
     def wanted(name: str) -> bool:
         if placement.is_ignored(name):
             return False
-        if placement.find(name) is None:
+        if placement.find(name) is None and placement.find_stack(name) is None:
             raise CheckpointError(origin, "the model has no such parameter", tensor=name)
         return True
 
@@ -145,7 +157,10 @@ def fill(placement: Placement, source: WeightSource, origin: str, device: Device
 def _place(placement: Placement, name: str, piece: Tensor | RowSlice, origin: str, device: Device | None = None) -> int:
     place = placement.find(name)
     if place is None:
-        raise CheckpointError(origin, "the model has no such parameter", tensor=name)
+        stack = placement.find_stack(name)
+        if stack is None:
+            raise CheckpointError(origin, "the model has no such parameter", tensor=name)
+        return _place_stack(placement, stack, name, piece, origin, device)
     shape, start = (piece.full_shape, piece.row_start) if isinstance(piece, RowSlice) else (tuple(piece.shape), 0)
     tensor = piece.tensor if isinstance(piece, RowSlice) else piece
     if shape != place.shape:
@@ -164,3 +179,22 @@ def _place(placement: Placement, name: str, piece: Tensor | RowSlice, origin: st
     except ValueError as exc:  # rows that were loaded before, or that reach past the end
         raise CheckpointError(origin, str(exc), tensor=name) from exc
     return tensor.nbytes
+
+
+def _place_stack(
+    placement: Placement, stack: Stack, name: str, piece: Tensor | RowSlice, origin: str, device: Device | None
+) -> int:
+    """Cut the piece and place its parts under their own names; the number of experts is checked here."""
+    tensor, start, count = (
+        (piece.tensor, piece.row_start, piece.num_rows) if isinstance(piece, RowSlice) else (piece, 0, len(piece))
+    )
+    if placement.find(stack_part(stack, name, count - 1, 0)) is None or placement.find(
+        stack_part(stack, name, count, 0)
+    ):
+        raise CheckpointError(origin, f"holds {count} experts, but the model's config has another number", tensor=name)
+    if device is not None and tensor.device != device.torch_device:
+        tensor = device.upload(tensor)
+    num_bytes = 0
+    for target, part in cut_stack(stack, name, tensor, start, origin):
+        num_bytes += _place(placement, target, part, origin, device)
+    return num_bytes

@@ -27,6 +27,21 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """A checkpoint tensor that holds something of every expert, one after another in its first dimension."""
+
+    source: str
+    """Last words of the checkpoint name: ``experts.gate_up_proj``."""
+    targets: tuple[str, ...]
+    """What an expert's share is called by itself, ``{}`` for its number: ``experts.{}.gate_proj.weight``. Several take
+    equal parts of its rows."""
+    is_transposed: bool = False
+    """An expert's share is ``[in, out]``; else ``[out, in]``."""
+    is_interleaved: bool = False
+    """The targets' rows alternate; else one target's follow the other's."""
+
+
+@dataclass(frozen=True, slots=True)
 class WeightMap:
     """Checkpoint names to parameter names, as data. Applied by ``loader/mapping.py``."""
 
@@ -35,6 +50,11 @@ class WeightMap:
     shards: tuple[Shard, ...] = ()
     ignored: tuple[str, ...] = ()
     """Checkpoint names that contain one of these are skipped knowingly (``rotary_emb.inv_freq``)."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Checkpoint's and our word for a part of a name between dots: ``("dense", "o_proj")``. An empty word
+    of ours drops the part. Before ``shards``."""
+    stacks: tuple[Stack, ...] = ()
+    """Tensors that are cut into one for each expert before anything else; theirs are then the names that count."""
 
 
 class CausalLM(Protocol):

@@ -1,6 +1,7 @@
-"""Llama 2, 3 and 3.1 to 3.3, and the models that share their mathematics: SmolLM2, TinyLlama, Mistral.
+"""Llama 1 to 3.3, and the models that share their mathematics: Mistral, Yi, SmolLM2, SmolLM3, Granite.
 
-Papers: Touvron et al., "Llama 2", 2023; Grattafiori et al., "The Llama 3 Herd of Models", 2024.
+What distinguishes them is in their configs: windows, layers without positions, multipliers, biases. Papers: Touvron et
+al., "Llama 2", 2023; Grattafiori et al., "The Llama 3 Herd of Models", 2024; Jiang et al., "Mistral 7B", 2023.
 """
 
 from __future__ import annotations

@@ -12,9 +12,19 @@ MODELS = Registry(
     "model",
     "octavo.models",
     {
+        "Gemma2ForCausalLM": "octavo.models.gemma:Gemma2ForCausalLM",
+        "Gemma3ForCausalLM": "octavo.models.gemma:Gemma3ForCausalLM",
+        "GemmaForCausalLM": "octavo.models.gemma:GemmaForCausalLM",
+        "GraniteForCausalLM": "octavo.models.llama:LlamaForCausalLM",
         "LlamaForCausalLM": "octavo.models.llama:LlamaForCausalLM",
         "MistralForCausalLM": "octavo.models.llama:LlamaForCausalLM",
+        "Olmo2ForCausalLM": "octavo.models.olmo2:Olmo2ForCausalLM",
+        "Olmo3ForCausalLM": "octavo.models.olmo2:Olmo2ForCausalLM",
+        "Phi3ForCausalLM": "octavo.models.phi3:Phi3ForCausalLM",
+        "PhiForCausalLM": "octavo.models.phi:PhiForCausalLM",
+        "Qwen2ForCausalLM": "octavo.models.qwen2:Qwen2ForCausalLM",
         "Qwen3ForCausalLM": "octavo.models.qwen3:Qwen3ForCausalLM",
+        "SmolLM3ForCausalLM": "octavo.models.llama:LlamaForCausalLM",
     },
 )
 

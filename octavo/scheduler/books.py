@@ -6,13 +6,15 @@ Decides nothing: who runs is decided in ``scheduler.py``, who has finished in ``
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import msgspec
 
 from octavo.kv_cache.manager import KVCacheManager, PrefixHit
-from octavo.messages import EngineSnapshot, FinishReason
+from octavo.messages import EngineSnapshot, FinishReason, RequestTimeline
+from octavo.observability.histogram import TOKENS_PER_STEP
+from octavo.observability.history import MAX_PREEMPTION_TIMES, RequestHistory, belongs_to
 from octavo.scheduler.policy import SchedulingPolicy
 from octavo.scheduler.request import Request, RequestStatus
 
@@ -48,7 +50,8 @@ class Books:
         self.num_waiting_tokens = 0
         self.in_flight: dict[int, StepRecord] = {}
         self.removed_rows: list[int] = []
-        self.counters = EngineSnapshot(time_s=0.0)
+        self.counters = EngineSnapshot(time_s=0.0, step_sizes=[0] * (len(TOKENS_PER_STEP) + 1))
+        self._history = RequestHistory()
         self._max_num_rows = max_num_rows
         self._free_rows = list(range(max_num_rows - 1, -1, -1))
 
@@ -73,7 +76,10 @@ class Books:
         request.row = self._free_rows.pop()
         request.num_computed_tokens = hit.num_tokens
         insort(self.running, request, key=self.policy.rank)
-        if request.timings.scheduled_s == 0.0:
+        if request.timings.scheduled_s != 0.0:
+            if len(request.timings.resumed_s) < MAX_PREEMPTION_TIMES:
+                request.timings.resumed_s.append(now_s)
+        else:
             request.timings.scheduled_s = now_s
             request.num_cached_tokens = hit.num_tokens
             if request.may_read_prefix_cache:
@@ -81,8 +87,10 @@ class Books:
                 self.counters.prefix_hits += hit.num_tokens
             self.policy.on_tokens(request.tenant, request.num_prompt_tokens - hit.num_tokens, 0)
 
-    def preempt(self, request: Request) -> None:
+    def preempt(self, request: Request, now_s: float) -> None:
         """Running to waiting: row and blocks are given up, known tokens are kept and computed again."""
+        if len(request.timings.preempted_s) < MAX_PREEMPTION_TIMES:
+            request.timings.preempted_s.append(now_s)
         self._leave_device(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
@@ -90,7 +98,7 @@ class Books:
         self.counters.num_preemptions += 1
         self.enqueue(request)
 
-    def finish(self, request: Request, reason: FinishReason) -> None:
+    def finish(self, request: Request, reason: FinishReason, now_s: float) -> None:
         """Out of the books, from wherever it was; tokens in flight are dropped when they come back."""
         if reason is FinishReason.ERROR:
             # What made it fail (a NaN, say) may stand in its blocks: nobody else shall read them.
@@ -102,9 +110,11 @@ class Books:
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.timings.num_preemptions = request.num_preemptions
+        request.timings.finished_s = now_s
         del self.requests[request.request_id]
         finished = self.counters.finished
         finished[reason.value] = finished.get(reason.value, 0) + 1
+        self._history.add(_timeline(request))
 
     def _leave_queue(self, request: Request) -> None:
         del self.waiting[request.request_id]
@@ -120,6 +130,18 @@ class Books:
 
     # -------------------------------------------------------------------------------------------------------- numbers
 
+    def count_step(self, num_tokens: int) -> None:
+        """A step of so many tokens was planned."""
+        counters = self.counters
+        counters.num_steps += 1
+        counters.scheduled_tokens += num_tokens
+        counters.step_sizes[bisect_left(TOKENS_PER_STEP, num_tokens)] += 1
+
+    def timeline(self, request_id: str) -> list[RequestTimeline]:
+        """What became of a request: its sequences that have finished lately, then those in the books."""
+        present = [_timeline(each) for each in self.requests.values() if belongs_to(each.request_id, request_id)]
+        return self._history.find(request_id) + present
+
     def snapshot(self, now_s: float) -> EngineSnapshot:
         """A copy of the counters with the gauges of this moment."""
         return msgspec.structs.replace(
@@ -130,6 +152,7 @@ class Books:
             num_blocks=self.kv_cache.num_blocks,
             num_free_blocks=self.kv_cache.num_free_blocks,
             num_cached_blocks=self.kv_cache.num_cached_blocks,
+            step_sizes=list(self.counters.step_sizes),
             finished=dict(self.counters.finished),
             tenant_tokens=dict(self.counters.tenant_tokens),
         )
@@ -161,3 +184,17 @@ class Books:
             late = [request.request_id for request in self.requests.values() if request.num_in_flight_tokens]
             assert not late, f"nothing is in flight, but {late} wait for results"
         self.kv_cache.check(request.blocks for request in self.running)
+
+
+def _timeline(request: Request) -> RequestTimeline:
+    """Shares ``timings`` with the request: to be read before the next step, or when it has finished."""
+    return RequestTimeline(
+        request_id=request.request_id,
+        status=request.status.name.lower(),
+        arrival_time_s=request.arrival_time_s,
+        timings=request.timings,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_cached_tokens=request.num_cached_tokens,
+        num_output_tokens=request.num_output_tokens,
+        finish_reason=None if request.finish_reason is None else request.finish_reason.value,
+    )

@@ -48,6 +48,8 @@ class Request:
     """Counts accepted requests: a smaller one came earlier."""
     blocks: SequenceBlocks
     timings: RequestTimings
+    arrival_time_s: float
+    """``time.time()`` in the frontend."""
     status: RequestStatus = RequestStatus.WAITING
     row: int = -1
     """Persistent row in every worker while RUNNING."""

@@ -33,6 +33,7 @@ from octavo.messages import (
     FinishReason,
     ModelRunnerOutput,
     NewRow,
+    RequestTimeline,
     RequestTimings,
     SchedulerOutput,
 )
@@ -130,17 +131,23 @@ class Scheduler:
             QueueFullError: The queue has reached one of its limits.
         """
         max_total_tokens = self._check(request)
-        self._check_queue(len(request.prompt_token_ids))
         sampling = request.sampling
+        num_prompt_tokens = len(request.prompt_token_ids)
         token_ids = list(request.prompt_token_ids)
+        resumption = request.resumption
+        if resumption is None:
+            self._check_queue(num_prompt_tokens)
+        else:
+            token_ids += resumption.output_token_ids
+            assert len(token_ids) < max_total_tokens, f"{request.request_id} has ended, nothing is left to resume"
         self._books.enqueue(
             Request(
                 request_id=request.request_id,
                 sampling=sampling,
                 token_ids=token_ids,
-                num_prompt_tokens=len(token_ids),
+                num_prompt_tokens=num_prompt_tokens,
                 max_total_tokens=max_total_tokens,
-                min_total_tokens=len(token_ids) + sampling.min_tokens,
+                min_total_tokens=num_prompt_tokens + sampling.min_tokens,
                 stop_ids=frozenset(sampling.eos_token_ids) | frozenset(sampling.stop_token_ids),
                 is_repetition_watched=sampling.repetition_detection is not None,
                 tenant=request.tenant,
@@ -148,16 +155,27 @@ class Scheduler:
                 arrival_index=next(self._arrivals),
                 blocks=self._kv_cache.open(token_ids, request.lora_name, request.cache_salt),
                 timings=RequestTimings(queued_s=self._clock()),
+                arrival_time_s=request.arrival_time_s,
+                num_prompt_logprobs=0 if resumption is None else resumption.num_prompt_logprobs,
             )
         )
 
-    def abort(self, request_ids: Sequence[str]) -> list[EngineCoreOutput]:
-        """End requests wherever they are; unknown ids are passed over. Each known one gets its last output."""
+    def abort(self, request_ids: Sequence[str], *, only_if_waiting: bool = False) -> list[EngineCoreOutput]:
+        """End requests wherever they are; unknown ids are passed over. Each known one gets its last output.
+
+        Args:
+            request_ids: Whom to end.
+            only_if_waiting: End none of them if any has run already, be it for one step.
+        """
+        if only_if_waiting:
+            known = [self._books.requests[each] for each in request_ids if each in self._books.requests]
+            if any(request.timings.scheduled_s for request in known):
+                return []
         outputs: list[EngineCoreOutput] = []
         for request_id in request_ids:
             request = self._books.requests.get(request_id)
             if request is not None:
-                self._books.finish(request, FinishReason.ABORT)
+                self._books.finish(request, FinishReason.ABORT, self._clock())
                 outputs.append(last_output(request, []))
         return outputs
 
@@ -178,6 +196,10 @@ class Scheduler:
     def snapshot(self) -> EngineSnapshot:
         """The numbers of this moment."""
         return self._books.snapshot(self._clock())
+
+    def timeline(self, request_id: str) -> list[RequestTimeline]:
+        """What became of a request, one entry per sequence of it; empty if it is not known (any more)."""
+        return self._books.timeline(request_id)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. False, and nothing happens, while requests run."""
@@ -216,7 +238,7 @@ class Scheduler:
         self._num_plans += 1
         books.removed_rows = []
         books.in_flight[plan.step_id] = draft.record
-        books.counters.num_steps += 1
+        books.count_step(sum(draft.num_scheduled_tokens))
         return plan
 
     def _plan_running(self, draft: _Draft) -> None:
@@ -262,7 +284,7 @@ class Scheduler:
             if not candidates:
                 # It keeps what it has and waits for those before it, or for its own blocks that leave the window.
                 return 0
-            self._books.preempt(self._books.policy.victim(candidates))
+            self._books.preempt(self._books.policy.victim(candidates), self._clock())
             draft.has_preempted = True
         count = min(count, kv_cache.reach(request.blocks) - start)
         added = kv_cache.grow(request.blocks, start + count)

@@ -45,7 +45,7 @@ def apply_result(
         if request.status is RequestStatus.FINISHED:
             continue
         if result.errors and index in result.errors:
-            books.finish(request, FinishReason.ERROR)
+            books.finish(request, FinishReason.ERROR, now_s)
             outputs.append(last_output(request, [], error=result.errors[index]))
             continue
         if request.num_preemptions == record.preemptions[index]:
@@ -108,7 +108,7 @@ def _append(books: Books, request: Request, new_token_ids: list[int], now_s: flo
     if may_stop or num_tokens >= request.max_total_tokens:
         stop = _find_stop(request, token_id)
         if stop is not None:
-            books.finish(request, stop[0])
+            books.finish(request, stop[0], now_s)
             return last_output(request, new_token_ids, stop_reason=stop[1])
     output = EngineCoreOutput(request.request_id, new_token_ids)
     output.num_cached_tokens = request.num_cached_tokens

@@ -30,7 +30,8 @@ def _add_rms_norm(
         tl.store(residual + row * residual_stride + offs, x, mask=mask)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
-    normed = (wide * scale).to(out.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
+    # A weight in float32 asks for one rounding, at the end; one of the stream's dtype for one before the product too.
+    normed = (wide * scale).to(weight.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
     tl.store(out + row * out_stride + offs, normed.to(out.dtype.element_ty), mask=mask)
 
 

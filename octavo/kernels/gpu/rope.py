@@ -42,7 +42,7 @@ def _norm_rotate_write(
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)
         w = tl.where((head < H)[:, None], wq[None, :], wk[None, :])
-        normed = (wide * scale[:, None]).to(dtype).to(tl.float32) * w
+        normed = (wide * scale[:, None]).to(q_weight.dtype.element_ty).to(tl.float32) * w
         wide = tl.where(is_value, wide, normed.to(dtype).to(tl.float32))
     even, odd = tl.split(tl.reshape(wide, [HEADS, D_PAD // 2, 2]))
     pair = tl.arange(0, D_PAD // 2)

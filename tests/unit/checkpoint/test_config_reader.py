@@ -140,7 +140,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "rope_scaling.factor is nan"),
     ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 0.5}}, "rope_scaling.high_freq_factor is 0.5"),
     ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]}}, "short_factor must be a"),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 1}}}, "rope_parameters differs between kinds of layers"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": -1}}}, "rope_parameters.full_attention.rope_theta is -1"),
+    ({"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of num_hidden_layers (4)"),
+    ({"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers must hold zeros"),
+    ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention is set"),
     ({"partial_rotary_factor": 2}, "partial_rotary_factor is 2"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
     ({"torch_dtype": "int8"}, "torch_dtype is 'int8'"),
@@ -154,7 +158,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"layer_types": ["full_attention"]}, "layer_types must be a list of num_hidden_layers (4)"),
     ({"layer_types": ["linear_attention"] * 4}, "layer_types holds 'linear_attention'"),
     ({"layer_types": ["sliding_attention"] * 4}, "sliding_window is missing"),
-    ({"hidden_size": None, "text_config": {}}, "hidden_size is missing"),
+    ({"hidden_size": None, "text_config": {"vocab_size": 0}}, "vocab_size is 0"),
 ]
 
 
@@ -166,9 +170,22 @@ def test_wrong_value_names_file_and_field(fields: dict[str, Any], reason: str, t
     assert reason in caught.value.message
 
 
-def test_multi_modal_config_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="multi-modal"):
-        read(tmp_path, {"architectures": ["LlavaForConditionalGeneration"], "text_config": LLAMA})
+def test_language_model_of_a_multimodal_config(tmp_path: Path) -> None:
+    """What stands outside of text_config counts where it is the whole model's, and is not mistaken where it is not."""
+    config = read(
+        tmp_path,
+        {
+            "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "torch_dtype": "bfloat16",
+            "eos_token_id": 7, "tie_word_embeddings": False,
+            "text_config": {**LLAMA, "model_type": "llama", "tie_word_embeddings": True, "torch_dtype": None,
+                            "eos_token_id": None},
+            "vision_config": {"hidden_size": 99},
+        },
+    )  # fmt: skip
+    assert config.text_half_of == "LlavaForConditionalGeneration"
+    assert config.architecture == "LlamaForCausalLM"
+    assert config.hidden_size == LLAMA["hidden_size"] and config.dtype == "bfloat16"
+    assert not config.tie_word_embeddings and 7 in config.eos_token_ids
 
 
 @pytest.mark.parametrize(

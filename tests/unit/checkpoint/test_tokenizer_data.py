@@ -171,7 +171,9 @@ def test_missing_pre_tokeniser_is_said(tmp_path: Path, caplog: pytest.LogCapture
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"model": "t5"}, "tokenizer.ggml.model is 't5'"),
+    ({"model": "rwkv"}, "tokenizer.ggml.model is 'rwkv'"),
+    ({"model": "t5"}, "tokenizer.ggml.scores must have"),
+    ({"model": "bert"}, "holds no WordPiece vocabulary"),
     ({"model": None}, "carries no tokenizer"),
     ({"tokens": None}, "carries no tokenizer"),
     ({"tokens": [1, 2]}, "tokenizer.ggml.tokens must be a list of str"),
@@ -361,7 +363,7 @@ def test_tokenizer_code_of_the_model_is_not_run(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json"])
+@pytest.mark.parametrize("name", ["spiece.model", "vocab.json"])
 def test_slow_tokenizers_are_pointed_to_the_converter(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
     with pytest.raises(CheckpointError, match="no tokenizer.json; write one with transformers"):

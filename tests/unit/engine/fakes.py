@@ -36,6 +36,7 @@ from octavo.messages import (
     EngineStarting,
     FinishReason,
     ModelRunnerOutput,
+    RequestTimeline,
     ResolvedSampling,
     SchedulerOutput,
 )
@@ -62,10 +63,11 @@ class CountingScheduler:
         if request.prompt_token_ids[0] == REFUSE:
             raise ContextLengthError("too long for this test")
         self.is_sound = self.is_sound and request.prompt_token_ids[0] != UNSOUND
-        self.requests[request.request_id] = [request.sampling.max_tokens, request.sampling.max_tokens]
+        done = 0 if request.resumption is None else len(request.resumption.output_token_ids)
+        self.requests[request.request_id] = [request.sampling.max_tokens - done, request.sampling.max_tokens - done]
         self.prompts[request.request_id] = request.prompt_token_ids[0]
 
-    def abort(self, request_ids: list[str]) -> list[EngineCoreOutput]:
+    def abort(self, request_ids: list[str], *, only_if_waiting: bool = False) -> list[EngineCoreOutput]:
         known = [request_id for request_id in request_ids if self.requests.pop(request_id, None) is not None]
         return [EngineCoreOutput(request_id, [], FinishReason.ABORT) for request_id in known]
 
@@ -97,6 +99,9 @@ class CountingScheduler:
 
     def snapshot(self) -> EngineSnapshot:
         return EngineSnapshot(time.monotonic(), num_running=len(self.requests), num_steps=self.num_steps)
+
+    def timeline(self, request_id: str) -> list[RequestTimeline]:
+        return []
 
     def reset_prefix_cache(self) -> bool:
         return not self.requests
@@ -153,7 +158,7 @@ CONFIG = EngineConfig(
     load=LoadConfig("fake", "/nowhere", "dummy", None, 0),
     device=DeviceConfig("cpu", "float32", "auto", "none", 1, True, 1),
     cache=CacheConfig(16, "float32", True, "sha256", 0.9, None, None),
-    scheduler=SchedulerConfig(10**6, 4, 64, True, 0, "fcfs", 16, 1024, {"a": 2.0}),
+    scheduler=SchedulerConfig(10**6, 64, 64, True, 0, "fcfs", 16, 1024, {"a": 2.0}),
     parallel=ParallelConfig(),
     frontend=FrontendConfig(("fake",), "/nowhere", True, None, 20, "raw_logprobs", {"temperature": 0.5}, 0),
 )

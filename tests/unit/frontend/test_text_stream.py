@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octavo.checkpoint.byte_bpe import byte_alphabet
 from octavo.frontend.text_stream import (
     ByteFallbackDecoder,
     ByteLevelDecoder,
     WindowDecoder,
-    _byte_alphabet,
     decode_whole,
     make_decoder,
 )
@@ -166,5 +166,5 @@ def test_spaces_between_special_tokens_can_be_left_out(tokenizers: Callable[[str
 
 
 def _byte_tokens(text: str) -> list[str]:
-    spelt = {byte: character for character, byte in _byte_alphabet().items()}
+    spelt = byte_alphabet()
     return [spelt[byte] for byte in text.encode()]

@@ -66,6 +66,26 @@ def test_shards_land_in_their_rows_in_any_order() -> None:
     assert num_bytes == (4 + 2 + 2 + 3) * 3 * 4
 
 
+@pytest.mark.parametrize("step", [8, 3])
+def test_a_checkpoint_may_store_it_fused(step: int) -> None:
+    """Its slices need not end where shards do."""
+    model = Model()
+    whole = torch.cat((Q, K, V))
+    pieces = [("model.qkv_proj.weight", RowSlice(whole[i : i + step], i, 8)) for i in range(0, 8, step)]
+    fill(Placement(model.slots(), MAP), ListSource(GOOD[1], *pieces), "file")
+    assert torch.equal(model.done["model.qkv_proj.weight"], whole)
+
+
+def test_parts_of_names_are_renamed() -> None:
+    renamed = WeightMap(MAP.prefixes, MAP.shards, MAP.ignored, renames=(("dense", "o_proj"),))
+    model = Model()
+    placement = Placement(model.slots(), renamed)
+    assert "transformer.dense.weight" in placement.expected()
+    items = [(name.replace("o_proj", "dense"), piece) for name, piece in GOOD]
+    fill(placement, ListSource(*items), "file")
+    assert torch.equal(model.done["model.o_proj.weight"], O)
+
+
 def test_prefixes_are_renamed() -> None:
     model = Model()
     renamed = [(name.replace("model.", "transformer."), piece) for name, piece in GOOD]
@@ -100,7 +120,8 @@ def test_ignored_names_are_skipped() -> None:
     [
         ((*GOOD, ("model.g_proj.weight", O)), "tensor 'model.g_proj.weight': the model has no such parameter"),
         ((*GOOD, ("model.q_proj.bias", Q[:, 0])), "tensor 'model.q_proj.bias': the model has no such parameter"),
-        ((*GOOD, ("model.qkv_proj.weight", torch.ones(8, 3))), "'model.qkv_proj.weight': the model has no such"),
+        ((*GOOD, ("model.qkv_proj.weight", torch.ones(8, 3))), "'model.qkv_proj.weight': rows 0 to 4 are already"),
+        ((("model.qkv_proj.weight", torch.ones(7, 3)),), r"has shape [7, 3], but the model's config asks for [8, 3]"),
         ((("model.o_proj.weight", torch.ones(3, 4)),), r"has shape [3, 4], but the model's config asks for [3, 3]"),
         ((("model.o_proj.weight", torch.ones(3)),), r"has shape [3], but"),
         ((("model.q_proj.weight", K),), r"has shape [2, 3], but the model's config asks for [4, 3]"),

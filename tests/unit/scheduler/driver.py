@@ -42,7 +42,7 @@ class Driver:
         """A prompt given by length has tokens of its own."""
         own = 1000 * (1 + sum(request_id.encode()))
         token_ids = list(range(own, own + prompt)) if isinstance(prompt, int) else prompt
-        names = {"tenant", "priority", "cache_salt", "lora_name"}
+        names = {"tenant", "priority", "cache_salt", "lora_name", "resumption"}
         mine = {name: value for name, value in fields.items() if name in names}
         sampling = {name: value for name, value in fields.items() if name not in names}
         self.scheduler.add(

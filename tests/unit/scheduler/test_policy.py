@@ -30,6 +30,7 @@ def make_request(name: str, *, tenant: str = "t", priority: int = 0) -> Request:
         arrival_index=next(_ARRIVALS),
         blocks=SequenceBlocks([1], b"", [[]]),
         timings=RequestTimings(queued_s=0.0),
+        arrival_time_s=0.0,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from octavo.utils.logging import ROOT, configure_logging
+from octavo.utils.logging import ROOT, configure_logging, configured_format
 
 
 class Terminal(io.StringIO):
@@ -69,6 +70,53 @@ def test_an_exception_is_shown_with_its_traceback() -> None:
     except RuntimeError:
         logging.getLogger("octavo.x").exception("failed")
     assert "RuntimeError: cause" in stream.getvalue()
+
+
+FORGED = "bad\n12:00:00 all is well\r\x1b[2J\x00\u2028\u202edne"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_what_a_client_sends_stays_on_its_line(log_format: str) -> None:
+    """Red when a request can write a line of its own into the log, or an escape sequence into a terminal."""
+    stream = io.StringIO()
+    configure_logging("info", stream, log_format)
+    logging.getLogger("octavo.server").warning("no model %s", FORGED)
+    (line,) = stream.getvalue().splitlines()
+    assert line.isascii() and line.isprintable()
+    if log_format == "json":
+        assert json.loads(line)["message"] == "no model " + FORGED
+    else:
+        assert line.endswith(r"WARNING: no model bad\n12:00:00 all is well\r\x1b[2J\x00\u2028\u202edne")
+
+
+def test_lines_of_a_traceback_cannot_pass_for_records() -> None:
+    stream = io.StringIO()
+    configure_logging("info", stream)
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        logging.getLogger("octavo.x").exception("failed")
+    first, *rest = stream.getvalue().splitlines()
+    assert first.endswith("ERROR: failed")
+    assert rest and all(line.startswith("  | ") for line in rest)
+
+
+def test_json_lines() -> None:
+    stream = io.StringIO()
+    configure_logging("info", stream, "json")
+    assert configured_format() == "json"
+    log = logging.getLogger("octavo.x")
+    log.info("answered %d", 3, extra={"request_id": "r-1", "level": "forged"})
+    try:
+        raise RuntimeError("cause")
+    except RuntimeError:
+        log.exception("failed")
+    answered, failed = map(json.loads, stream.getvalue().splitlines())
+    assert answered["message"] == "answered 3" and answered["request_id"] == "r-1"
+    assert answered["level"] == "info" and answered["logger"] == "octavo.x" and answered["time"].endswith("+00:00")
+    assert "RuntimeError: cause" in failed["exception"] and failed["level"] == "error"
+    configure_logging("info", stream)
+    assert configured_format() == "text"
 
 
 def test_as_a_library_only_warnings_are_shown() -> None:

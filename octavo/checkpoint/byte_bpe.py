@@ -1,0 +1,141 @@
+"""Byte-level BPE: the alphabet of bytes, the ways in which text is cut first, and a tokenizer out of ranked bytes.
+
+A cut decides token ids as much as the vocabulary does, so each family's is written down once, in ``CUTS``, under the
+names that GGUF files use (``tokenizer.ggml.pre``). Tekken and tiktoken files are lists of byte strings by rank:
+``tokenizer_from_ranks`` gives them the merges that a pair-merging tokenizer needs.
+
+Knows no files: ``gguf_tokenizer.py``, ``tiktoken_file.py`` and ``tekken.py`` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+MAX_PIECE_BYTES = 512
+"""Longer tokens are found whole or not at all: the number of ways to cut one grows with its length."""
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_REGEX = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
+QWEN2_REGEX = LLAMA3_REGEX.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN35_REGEX = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED_WORDS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{{0}}"
+_CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN_REGEX = _CASED_WORDS.replace("{0}", "") + r"|\p{N}" + _CASED_REST
+O200K_REGEX = _CASED_WORDS.replace("{0}", _CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _CASED_REST
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How text is cut into the pieces within which bytes are merged."""
+
+    regexes: tuple[str, ...] = ()
+    """Applied one after the other; what one finds and what lies between are pieces. Empty: GPT-2's expression."""
+    single_digits: bool = False
+    """Every digit is a piece of its own, cut before anything else."""
+    nfc: bool = False
+    """Text is composed (Unicode NFC) first."""
+    ignore_merges: bool = False
+    """A piece that is a token as a whole is not merged step by step."""
+    add_bos: bool = False
+    """Where the file does not say."""
+
+
+_GPT2 = Cut()
+_DIGITS = Cut(single_digits=True)
+_LLAMA3 = Cut((LLAMA3_REGEX,), ignore_merges=True, add_bos=True)
+_CL100K = Cut((LLAMA3_REGEX,))
+_QWEN2 = Cut((QWEN2_REGEX,), nfc=True)
+_O200K = Cut((O200K_REGEX,), ignore_merges=True)
+CUTS: Mapping[str, Cut] = {
+    **dict.fromkeys(("gpt-2", "gpt2", "phi-2", "mpt", "exaone4", "mellum", "modern-bert"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "pixtral"), _LLAMA3),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), _CL100K),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
+    "qwen35": Cut((_QWEN35_REGEX,), nfc=True),
+    "olmo": Cut(nfc=True),
+    "tekken": Cut((TEKKEN_REGEX,), ignore_merges=True, add_bos=True),
+    **dict.fromkeys(("gpt-4o", "llama4"), _O200K),
+    "deepseek-v3": Cut(_DEEPSEEK3),
+}
+"""GGUF's name of a pre-tokeniser to its cut, as the tokenizers of those models on the hub do it."""
+
+
+def byte_alphabet() -> list[str]:
+    """[256] GPT-2's printable character for each byte: printable Latin-1 is itself, the rest follows from U+0100 on."""
+    alphabet: list[str] = []
+    shifted = 0
+    for byte in range(256):
+        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:
+            alphabet.append(chr(byte))
+        else:
+            alphabet.append(chr(0x100 + shifted))
+            shifted += 1
+    return alphabet
+
+
+def byte_level(model: models.BPE, cut: Cut) -> Tokenizer:
+    """A byte-level tokenizer of ``model`` that cuts text as ``cut`` says."""
+    tokenizer = Tokenizer(model)
+    if cut.nfc:
+        tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    steps: list[Any] = []
+    if cut.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    steps += [pre_tokenizers.Split(Regex(regex), behavior="isolated") for regex in cut.regexes]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cut.regexes))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    return tokenizer
+
+
+def tokenizer_from_ranks(
+    ranks: Mapping[bytes, int], special: Mapping[str, int], cut: Cut, offset: int = 0
+) -> Tokenizer:
+    """A tokenizer that merges as tiktoken does: always the adjacent pair whose union has the lowest rank.
+
+    Args:
+        ranks: Byte string to rank; every single byte must be there.
+        special: Special tokens and their ids; the caller makes them added tokens.
+        cut: How text is cut first; ``ignore_merges`` must be set, since tiktoken looks for the whole piece first.
+        offset: What is added to a rank to give the token's id.
+
+    Raises:
+        ValueError: A byte is missing, or a special token is spelt like another token.
+    """
+    assert cut.ignore_merges
+    missing = [byte for byte in range(256) if bytes((byte,)) not in ranks]
+    if missing:
+        raise ValueError(f"the vocabulary lacks the byte {missing[0]}")
+    alphabet = byte_alphabet()
+    names = {token: "".join([alphabet[byte] for byte in token]) for token in ranks}
+    vocab = {name: ranks[token] + offset for token, name in names.items()}
+    for name, token_id in special.items():
+        if vocab.setdefault(name, token_id) != token_id:
+            raise ValueError(f"the special token {name!r:.100} is spelt like another token")
+    # Every way to cut a token into two tokens is a merge with the token's rank; the ids of the parts break ties.
+    ranked: list[tuple[int, int, int, bytes, bytes]] = []
+    for token, rank in ranks.items():
+        if not 1 < len(token) <= MAX_PIECE_BYTES:
+            continue
+        for at in range(1, len(token)):
+            left, right = token[:at], token[at:]
+            if left in ranks and right in ranks:
+                ranked.append((rank, ranks[left], ranks[right], left, right))
+    ranked.sort()
+    merges = [(names[entry[3]], names[entry[4]]) for entry in ranked]
+    return byte_level(models.BPE(vocab=vocab, merges=merges, ignore_merges=True), cut)

@@ -1,0 +1,121 @@
+"""What config.json leaves out: a family's defaults, and the language model inside a multimodal checkpoint.
+
+transformers writes only what differs from its classes' defaults in some cases, and people's files do so in many. The
+values below are those defaults, where they differ between families; ``tests/models/test_family_defaults.py`` holds them
+against transformers. Knows names and numbers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+ARCHITECTURES: Mapping[str, str] = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "phi": "PhiForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_5_vl_text": "Qwen2ForCausalLM",
+    "qwen2_vl_text": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_vl_text": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+"""Model type to class: for a config.json without architectures, and for the text half of one of several models."""
+
+_QWEN_WINDOW = {"use_sliding_window": False, "max_window_layers": 28}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "gemma": {
+        "max_position_embeddings": 8192, "head_dim": 256, "tie_word_embeddings": True,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "gemma2": {
+        "max_position_embeddings": 8192, "head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True,
+        "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096,
+        "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {
+        "max_position_embeddings": 131072, "head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True,
+        "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096,
+        "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+    },
+    "granite": {"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "olmo2": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    "olmo3": {
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4,
+        "rope_theta": 5e5, "rope_local_base_freq": 5e5,
+    },
+    "phi": {
+        "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new",
+        "partial_rotary_factor": 0.5,
+    },
+    "phi3": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "qwen2": {"max_position_embeddings": 32768, **_QWEN_WINDOW},
+    "qwen2_5_vl_text": {
+        "max_position_embeddings": 32768, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+        **_QWEN_WINDOW, "max_window_layers": 80,
+    },
+    "qwen3": {"max_position_embeddings": 32768, "head_dim": 128, **_QWEN_WINDOW},
+    "smollm3": {
+        "max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6,
+        "no_rope_layer_interval": 4, "use_sliding_window": False, "max_window_layers": 28,
+    },
+}  # fmt: skip
+"""By model type. A field that is there but null is left so."""
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+DIMENSIONS: Mapping[str, tuple[int, int, int, int, int]] = {
+    "gemma3_text": (262208, 2304, 9216, 26, 8),
+    "llama": (32000, 4096, 11008, 32, 32),
+    "mistral": (32000, 4096, 14336, 32, 32),
+    "qwen2": (151936, 4096, 22016, 32, 32),
+    "qwen2_5_vl_text": (152064, 8192, 29568, 80, 64),
+    "qwen3": (151936, 4096, 22016, 32, 32),
+}
+"""``_SIZES`` of families whose text halves often state none. A text-only model has to state them."""
+
+_FLAT_WRAPPERS = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
+"""Multimodal configs that keep the fields of their language model beside those of the others."""
+_SHARED_FIELDS = ("bos_token_id", "eos_token_id", "quantization_config", "dtype", "torch_dtype")
+_RENAMED_TYPES = {"gemma3": "gemma3_text"}
+
+
+def language_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The fields of the language model in a config.json, and the architecture that wraps it (None for a text model).
+
+    Where the wrapper's config has a ``text_config``, that is the language model's; the few fields that may stand
+    outside (token ids, tying, quantisation, type) are taken from there.
+    """
+    text = config.get("text_config")
+    names: Any = config.get("architectures")
+    wrapper = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type"))
+    model_type = str(config.get("model_type"))
+    if isinstance(text, dict) and config.get("hidden_size") is None:
+        inner = dict(cast("dict[str, Any]", text))
+        for name in _SHARED_FIELDS:
+            if inner.get(name) is None and config.get(name) is not None:
+                inner[name] = config[name]
+        # What the wrapper says of tying counts for the whole model.
+        if config.get("tie_word_embeddings") is not None:
+            inner["tie_word_embeddings"] = config["tie_word_embeddings"]
+    elif model_type in _FLAT_WRAPPERS:
+        inner = {**config, "model_type": _FLAT_WRAPPERS[model_type]}
+    else:
+        return dict(config), None
+    inner_type = str(inner.get("model_type"))
+    inner_type = inner["model_type"] = _RENAMED_TYPES.get(inner_type, inner_type)
+    sizes = DIMENSIONS.get(inner_type)
+    for name, value in zip(_SIZES, sizes or (), strict=False):
+        inner.setdefault(name, value)
+    if inner_type in ARCHITECTURES:
+        inner["architectures"] = [ARCHITECTURES[inner_type]]
+    return inner, wrapper

@@ -1,0 +1,81 @@
+"""Metrics as a page that Prometheus reads, in its text format or OpenMetrics, whichever the scraper prefers.
+
+Formats and escaping are prometheus_client's; the numbers are ``metrics.py``'s, taken anew at each call. Imports
+prometheus_client, which only a server needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric as Family
+
+from octavo.observability.metrics import HELP, MIRROR_PREFIX, PREFIX, Counter, Gauge, Metric
+
+
+def render(
+    metrics: Iterable[Metric], *, mirror: bool = False, with_process: bool = False, accept: str = ""
+) -> tuple[bytes, str]:
+    """The page.
+
+    Args:
+        metrics: What to show.
+        mirror: Show each a second time under vLLM's prefix.
+        with_process: Add memory, CPU time and open files of this process.
+        accept: The scraper's ``Accept`` header.
+
+    Returns:
+        The body and its content type.
+    """
+    shown = list(metrics)
+    if mirror:
+        shown += [replace(each, name=MIRROR_PREFIX + each.name.removeprefix(PREFIX)) for each in shown]
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Page(shown))
+    if with_process:
+        ProcessCollector(registry=registry)
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
+
+
+class _Page:
+    """A collector of one use."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def describe(self) -> list[Family]:
+        """Nothing: names need no check for doubles, the registry lives for one page."""
+        return []
+
+    def collect(self) -> Iterator[Family]:
+        """One family per name, in the order of the first of each."""
+        by_name: dict[str, list[Metric]] = {}
+        for each in self._metrics:
+            by_name.setdefault(each.name, []).append(each)
+        for name, samples in by_name.items():
+            yield _family(name, samples)
+
+
+def _family(name: str, samples: list[Metric]) -> Family:
+    about = HELP[name.partition(":")[2]]
+    names = list(samples[0].labels)
+    first = samples[0]
+    if isinstance(first, Counter):
+        family: CounterMetricFamily | GaugeMetricFamily = CounterMetricFamily(name, about, labels=names)
+    elif isinstance(first, Gauge):
+        family = GaugeMetricFamily(name, about, labels=names)
+    else:
+        spread = HistogramMetricFamily(name, about, labels=names)
+        for each in samples:
+            assert not isinstance(each, Counter | Gauge), each
+            spread.add_metric(list(each.labels.values()), list(each.buckets.items()), each.sum)
+        return spread
+    for each in samples:
+        assert isinstance(each, Counter | Gauge) and list(each.labels) == names, each
+        family.add_metric(list(each.labels.values()), each.value)
+    return family

@@ -1,0 +1,80 @@
+"""The ASGI application: routers behind request ids, CORS and whatever layers the service brings.
+
+Each area is a module with ``make_router(service)``, named in ROUTERS. Knows no route itself, and no web server: any
+ASGI server can run what ``build_app`` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.errors import OctavoError
+from octavo.server import models
+from octavo.server.openai_errors import HTTPRefusal, error_response, log_internal
+from octavo.server.service import ASGIApp, Service
+
+ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (models.make_router,)
+"""One entry per area."""
+
+
+def build_app(service: Service) -> ASGIApp:
+    """Put the application together.
+
+    Args:
+        service: What the routes use; its engine may come later.
+    """
+    config = service.config
+    docs = None if config.disable_fastapi_docs else "/docs"
+    app = FastAPI(
+        title="Octavo",
+        root_path=config.root_path or "",
+        docs_url=docs,
+        redoc_url=docs and "/redoc",
+        openapi_url=docs and "/openapi.json",
+        redirect_slashes=False,
+    )
+    for make_router in ROUTERS:
+        app.include_router(make_router(service))
+    _add_error_handlers(app, config.error_format)
+    stack: ASGIApp = app
+    for layer in reversed(service.layers):
+        stack = layer(stack)
+    return CORSMiddleware(
+        stack,
+        allow_origins=config.allowed_origins,
+        allow_methods=config.allowed_methods,
+        allow_headers=config.allowed_headers,
+        allow_credentials=config.allow_credentials,
+    )
+
+
+def _add_error_handlers(app: FastAPI, error_format: str) -> None:
+    async def on_octavo_error(_request: Request, error: Any) -> Response:
+        return error_response(error, error_format)
+
+    async def on_http_exception(request: Request, error: Any) -> Response:
+        where = f"{request.method} {request.scope.get('path', '')[:200]}"
+        if error.status_code == 404:
+            refusal = HTTPRefusal(404, f"Invalid URL ({where})", "unknown_url")
+        elif error.status_code == 405:
+            refusal = HTTPRefusal(
+                405, f"Not allowed to {where}", "method_not_supported", headers=dict(error.headers or {})
+            )
+        else:
+            refusal = HTTPRefusal(error.status_code, str(error.detail), None, headers=dict(error.headers or {}))
+        return error_response(refusal, error_format)
+
+    async def on_other(request: Request, error: Exception) -> Response:
+        log_internal(error, request)
+        return error_response(error, error_format)
+
+    app.add_exception_handler(OctavoError, on_octavo_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(Exception, on_other)

@@ -1,0 +1,78 @@
+"""A request's body, from bytes to a checked model: one way for every route.
+
+JSON is read strictly: UTF-8 only, no NaN or Infinity, no lone surrogates, bounded nesting, no rest behind the value.
+Sizes and deadlines are the matter of the limits in front (``server/limits.py``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.requests import Request
+
+from octavo.errors import InvalidRequestError
+from octavo.server.openai_errors import HTTPRefusal, from_validation
+from octavo.utils.text import shorten
+
+logger = logging.getLogger(__name__)
+M = TypeVar("M", bound=BaseModel)
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Raises:
+        HTTPRefusal: It is of another type, or compressed.
+        InvalidRequestError: It is no JSON object.
+    """
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise HTTPRefusal(
+            415, f"the body is {shorten(kind, 60)!r}, but must be application/json", "unsupported_media_type"
+        )
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise HTTPRefusal(
+            415, f"the body is compressed ({shorten(encoding, 60)!r}); send it plain", "unsupported_media_type"
+        )
+    return parse_json(await request.body())
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """A JSON object out of bytes.
+
+    Raises:
+        InvalidRequestError: It is none.
+    """
+    try:
+        value = from_json(body, allow_inf_nan=False, cache_strings="keys")
+    except ValueError as error:
+        refusal = InvalidRequestError(f"could not parse the JSON body: {shorten(str(error), 200)}")
+        refusal.code = "invalid_json"
+        raise refusal from None
+    if not isinstance(value, dict):
+        refusal = InvalidRequestError(f"the body must be a JSON object, but is a {type(value).__name__}")
+        refusal.code = "invalid_type"
+        raise refusal
+    return cast("dict[str, Any]", value)
+
+
+def check_body(model: type[M], body: Mapping[str, Any]) -> M:
+    """The body as ``model``.
+
+    Raises:
+        InvalidRequestError: A field is missing or impossible; ``param`` names it.
+    """
+    try:
+        checked = model.model_validate(body)
+    except ValidationError as error:
+        raise from_validation(error) from None
+    if logger.isEnabledFor(logging.DEBUG):
+        unknown = [shorten(name, 40) for name in body if name not in model.model_fields]
+        if unknown:
+            logger.debug("ignoring unknown fields: %s", ", ".join(unknown[:20]))
+    return checked
