@@ -28,6 +28,10 @@ class Unquantized:
         assert weights["weight"].shape == (shape.out_features, shape.in_features)
         return weights
 
+    def plain_weight(self, weights: dict[str, Tensor]) -> Tensor:
+        """``[out, in]``, for kernels that do more than multiply. Only methods that keep weights as they are have it."""
+        return weights["weight"]
+
     def apply(self, shape: LinearShape, weights: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         """See QuantizationMethod."""
         assert x.shape[-1] == shape.in_features
