@@ -85,12 +85,17 @@ def gguf_templates(metadata: Mapping[str, Any], file: str) -> dict[str, str]:
     return templates
 
 
+def is_mistral_file(path: Path) -> bool:
+    """Whether a tokenizer file is named as Mistral names its own: ``tekken.json``, ``tokenizer.model.v3``."""
+    return _MISTRAL_MODEL.search(path.name) is not None
+
+
 def mistral_template(path: Path) -> str | None:
     """The template for Mistral's own tokenizer file, from ``mistral-common``; None without the package or for others.
 
     The package tells the versions of the format apart by the file's name and content.
     """
-    if not _MISTRAL_MODEL.search(path.name):
+    if not is_mistral_file(path):
         return None
     if importlib.util.find_spec("mistral_common") is None:
         logger.warning(
