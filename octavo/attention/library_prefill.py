@@ -69,9 +69,13 @@ class LibraryPrefillBackend(TritonBackend):
         runs = list(self._runs(step, slot_mapping.device)) if step.max_query_len > 1 else []
         return LibraryMetadata(slot_mapping, block_table, planned.work, None, runs)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """See AttentionBackend."""
         assert isinstance(meta, LibraryMetadata)
+        assert sinks is None, "the libraries' unsupported() refuses sinks"
         super().attend(q, k, v, cache, meta, out)
         for run in meta.runs:
             if run.pages is None:

@@ -101,7 +101,9 @@ class GatheredAttention:
         new = torch.stack((k, v), 1).to(slots.dtype)
         slots.index_copy_(0, at, torch.where(is_real, new, slots[at]))
 
-    def attend(self, q: Tensor, cache: Tensor, meta: GatheredMetadata, out: Tensor) -> None:
+    def attend(
+        self, q: Tensor, cache: Tensor, meta: GatheredMetadata, out: Tensor, sinks: Tensor | None = None
+    ) -> None:
         """See AttentionBackend."""
         spec, slots = self._spec, cache.flatten(0, 1)
         if meta.num_tokens < len(out):
@@ -113,7 +115,9 @@ class GatheredAttention:
                 for each in pair.unbind(2)
             )
             queries = q[batch.tokens].unflatten(0, (len(batch.slots), -1)).transpose(1, 2)  # [R, H, Q, D]
-            if spec.logit_softcap is None:
+            if sinks is not None:
+                result = _attend_with_sinks(queries, keys, values, batch.is_seen, spec.scale, sinks)
+            elif spec.logit_softcap is None:
                 result = scaled_dot_product_attention(queries, keys, values, batch.is_seen, scale=spec.scale)
             else:
                 scores = (queries @ keys.transpose(2, 3)).float() * spec.scale
@@ -121,3 +125,10 @@ class GatheredAttention:
                 weights = scores.masked_fill(~batch.is_seen, float("-inf")).softmax(-1)
                 result = weights.to(values.dtype) @ values
             out[batch.tokens] = result.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, is_seen: Tensor, scale: float, sinks: Tensor) -> Tensor:
+    """``q [R, H, Q, D]`` over ``k``, ``v`` ``[R, H, K, D]`` where ``is_seen [R, 1, Q, K]``; one score more a head."""
+    scores = ((q @ k.transpose(2, 3)).float() * scale).masked_fill(~is_seen, float("-inf"))
+    sink = sinks[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat((scores, sink), -1).softmax(-1)[..., :-1].to(v.dtype) @ v

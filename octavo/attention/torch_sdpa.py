@@ -69,6 +69,8 @@ class TorchSdpaBackend:
             return f"dtype {spec.dtype} with a {spec.kv_dtype} cache is not one of float32, bfloat16, float16"
         if spec.num_heads % spec.num_kv_heads:
             return f"{spec.num_heads} query heads are not a multiple of {spec.num_kv_heads} KV heads"
+        if spec.has_sinks and spec.logit_softcap is not None:
+            return "it has no logit softcap together with sinks"
         return None
 
     def kv_shape(self, num_blocks: int) -> tuple[int, ...]:
@@ -114,17 +116,23 @@ class TorchSdpaBackend:
         assert isinstance(meta, TorchSdpaMetadata)
         _write(k, v, cache.flatten(0, 1), meta)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """See AttentionBackend."""
         if isinstance(meta, GatheredMetadata):
-            self._gathered.attend(q, cache, meta, out)
+            self._gathered.attend(q, cache, meta, out, sinks)
             return
         assert isinstance(meta, TorchSdpaMetadata)
         if meta.num_tokens < len(out):
             out[meta.num_tokens :].zero_()
-        self.attend_spans(q, k, v, cache, meta.spans, out)
+        self.attend_spans(q, k, v, cache, meta.spans, out, sinks)
 
-    def attend_spans(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, spans: Sequence[Span], out: Tensor) -> None:
+    def attend_spans(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, spans: Sequence[Span], out: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Attention of the spans' queries; the cache holds this step's keys already. Shapes as in ``attend``."""
         slots = cache.flatten(0, 1)  # [N * P, 2, G, D]
         for span in spans:
@@ -138,7 +146,7 @@ class TorchSdpaBackend:
                     pair = slots[span.slots]
                 pair = pair.to(q.dtype)
                 keys, values = pair[:, 0], pair[:, 1]
-            out[span.query_start : span.query_end] = self._attend(query, keys, values, span)
+            out[span.query_start : span.query_end] = self._attend(query, keys, values, span, sinks)
 
     def _spans(self, query_start: int, query_end: int, seq_len: int, blocks: Tensor, is_run: bool) -> list[Span]:
         """Cut one request's queries so that a span needs no mask, or a small one."""
@@ -169,12 +177,12 @@ class TorchSdpaBackend:
         positions = torch.arange(key_start, key_end)
         return -1, blocks[positions // size].long() * size + positions % size
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span, sinks: Tensor | None) -> Tensor:
         """``q [Q, H, D]`` over ``k``, ``v`` ``[K, G, D]`` to ``[Q, H, D]``."""
         spec = self._spec
         if spec.logit_softcap is not None:
             return softcapped_attention_ref(q, k, v, spec.scale, spec.logit_softcap, span.mask)
-        result, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        result, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q.transpose(0, 1).unsqueeze(0),
             k.transpose(0, 1).unsqueeze(0),
             v.transpose(0, 1).unsqueeze(0),
@@ -183,6 +191,9 @@ class TorchSdpaBackend:
             attn_mask=span.mask,
             scale=spec.scale,
         )
+        if sinks is not None:
+            # One more term in the sum of exponentials: sum / (sum + exp(sink)) of what was there without it.
+            result = result * torch.sigmoid(log_sums - sinks[:, None])[..., None].to(result.dtype)
         return result[0].transpose(0, 1)
 
 

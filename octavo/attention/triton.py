@@ -92,7 +92,10 @@ class TritonBackend:
         """See AttentionBackend."""
         kv_write(k, v, cache, meta.slot_mapping)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor) -> None:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """See AttentionBackend."""
         del k, v  # read from the cache
         assert isinstance(meta, TritonMetadata)
@@ -100,12 +103,12 @@ class TritonBackend:
         if meta.work is not None:
             decode_attention(
                 q, cache, meta.block_table, meta.work, out,
-                scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap,
+                scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap, sinks=sinks,
             )  # fmt: skip
         if meta.tiles is not None:
             prefill_attention(
                 q, cache, meta.block_table, meta.tiles, self._prefill, out,
-                scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap,
+                scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap, sinks=sinks,
             )  # fmt: skip
 
 

@@ -85,12 +85,17 @@ def gguf_templates(metadata: Mapping[str, Any], file: str) -> dict[str, str]:
     return templates
 
 
+def is_mistral_file(path: Path) -> bool:
+    """Whether a tokenizer file is named as Mistral names its own: ``tekken.json``, ``tokenizer.model.v3``."""
+    return _MISTRAL_MODEL.search(path.name) is not None
+
+
 def mistral_template(path: Path) -> str | None:
     """The template for Mistral's own tokenizer file, from ``mistral-common``; None without the package or for others.
 
     The package tells the versions of the format apart by the file's name and content.
     """
-    if not _MISTRAL_MODEL.search(path.name):
+    if not is_mistral_file(path):
         return None
     if importlib.util.find_spec("mistral_common") is None:
         logger.warning(
@@ -104,4 +109,5 @@ def mistral_template(path: Path) -> str | None:
     try:
         return str(convert(path, plain_thinking_support=False))
     except (ValueError, AssertionError, KeyError) as exc:
-        raise CheckpointError(str(path), f"has no chat template that mistral-common knows: {exc}") from exc
+        logger.warning("%s has no chat template that mistral-common knows: %s", path, exc)
+        return None

@@ -17,6 +17,8 @@ from octavo.checkpoint.foreign import foreign_defaults
 from octavo.checkpoint.gguf_config import gguf_to_hf_config
 from octavo.checkpoint.gguf_file import GGUFFile
 from octavo.checkpoint.locate import LocatedModel
+from octavo.checkpoint.mla import expand_mla, read_mla
+from octavo.checkpoint.moe import read_moe
 from octavo.checkpoint.rope import read_layer_ropes, read_rope
 from octavo.checkpoint.values import Fields
 from octavo.config.model import ModelConfig
@@ -65,6 +67,7 @@ def read_model_config(located: LocatedModel, hf_overrides: Mapping[str, Any] | N
 
 def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str, generation_file: str) -> ModelConfig:
     config, wrapper = language_model(config)
+    config = expand_mla(config, file)
     f = Fields(config, file)
     model_type = config.get("model_type") if isinstance(config.get("model_type"), str) else ""
     architecture = _architecture(f, str(model_type))
@@ -116,6 +119,8 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
             residual_scale=f.number("residual_multiplier", 1.0, low=0.0),
             logit_scale=1.0 / f.number("logits_scaling", 1.0, low=1e-6),
             text_half_of=wrapper,
+            moe=read_moe(f, str(model_type), num_layers),
+            mla=read_mla(f, str(model_type)),
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=tuple(eos),
             dtype=_dtype(f),

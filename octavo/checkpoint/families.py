@@ -11,20 +11,29 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 ARCHITECTURES: Mapping[str, str] = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "granite": "GraniteForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
     "phi": "PhiForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "phimoe": "PhimoeForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_5_vl_text": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen2_vl_text": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
@@ -46,25 +55,51 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096,
         "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
     },
+    "deepseek_v2": {"max_position_embeddings": 2048},
+    "deepseek_v3": {"max_position_embeddings": 4096, "n_group": 8, "topk_group": 4},
+    "gpt_oss": {
+        "max_position_embeddings": 131072, "head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "attention_bias": True, "sliding_window": 128, "sliding_window_pattern": 2, "rope_theta": 150000.0,
+    },
     "granite": {"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    "granitemoe": {"max_position_embeddings": 2048, "attention_multiplier": 1.0},
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {
+        "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+        "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
     "olmo2": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
     "olmo3": {
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4,
         "rope_theta": 5e5, "rope_local_base_freq": 5e5,
+    },
+    "olmoe": {
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8,
     },
     "phi": {
         "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new",
         "partial_rotary_factor": 0.5,
     },
     "phi3": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "phimoe": {
+        "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+        "num_local_experts": 16, "num_experts_per_tok": 2,
+    },
     "qwen2": {"max_position_embeddings": 32768, **_QWEN_WINDOW},
     "qwen2_5_vl_text": {
         "max_position_embeddings": 32768, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
         **_QWEN_WINDOW, "max_window_layers": 80,
     },
+    "qwen2_moe": {
+        "max_position_embeddings": 32768, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, **_QWEN_WINDOW,
+    },
     "qwen3": {"max_position_embeddings": 32768, "head_dim": 128, **_QWEN_WINDOW},
+    "qwen3_moe": {
+        "max_position_embeddings": 32768, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, **_QWEN_WINDOW,
+    },
     "smollm3": {
         "max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6,
         "no_rope_layer_interval": 4, "use_sliding_window": False, "max_window_layers": 28,

@@ -25,7 +25,10 @@ def resolve_in_folder(path: Path) -> Path:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as exc:
         raise CheckpointError(str(path), f"cannot be opened: {exc}") from exc
-    root = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    root = folder
+    for inner in (folder, folder.parent):  # a model's folder in the cache, or a folder in it
+        if inner.parent.name == "snapshots":
+            root = inner.parent.parent
     if not target.is_relative_to(root):
         raise CheckpointError(str(path), "is a symbolic link out of the model folder; put the file itself there")
     if not target.is_file():

@@ -55,7 +55,7 @@ def build_piece_tokenizer(pieces: Pieces) -> Tokenizer:
         raise ValueError(str(exc)) from exc
     steps = charsmap
     if pieces.trim_spaces:
-        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if pieces.prefix_space and pieces.prefix_first_only:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(  # type: ignore[assignment]
             replacement=SPACE, prepend_scheme="first", split=False

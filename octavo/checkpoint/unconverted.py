@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from tokenizers import AddedToken, Tokenizer
 
+from octavo.checkpoint.chat_templates import is_mistral_file
 from octavo.checkpoint.files import read_json_object, resolve_in_folder
 from octavo.checkpoint.pieces import CONTROL, build_piece_tokenizer
 from octavo.checkpoint.sentencepiece_file import read_sentencepiece
@@ -91,8 +92,10 @@ def read_unconverted(path: Path, config: Mapping[str, Any]) -> OwnTokenizer:
 
 def _sentencepiece(path: Path, config: Mapping[str, Any]) -> OwnTokenizer:
     model = read_sentencepiece(path)
-    prefix = config.get("add_prefix_space")
-    pieces = model.pieces(prefix if isinstance(prefix, bool) else None, config.get("legacy") is False)
+    prefix, legacy = config.get("add_prefix_space"), config.get("legacy")
+    # The templates for Mistral's own files write the space behind a special token themselves.
+    first_only = legacy is False if isinstance(legacy, bool) else is_mistral_file(path)
+    pieces = model.pieces(prefix if isinstance(prefix, bool) else None, first_only)
     try:
         tokenizer = build_piece_tokenizer(pieces)
     except ValueError as exc:

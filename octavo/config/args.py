@@ -79,6 +79,27 @@ class EngineArgs:
     hf_overrides: Mapping[str, Any] = setting(
         {}, "table", MODEL, "Entries that replace those of the model's config.json, as JSON."
     )
+    model_impl: str = setting(
+        "auto", "text", MODEL,
+        "Whose code of the model runs: octavo, transformers (needs that package), or auto: Octavo's where it has the "
+        "model, else that of transformers.",
+        choices=("auto", "octavo", "vllm", "transformers"),
+    )  # fmt: skip
+    runner: str = setting(
+        "auto", "text", MODEL,
+        "What the model is run for: generate text, or pooling (embeddings, scores, classes). auto: by its files.",
+        choices=("auto", "generate", "pooling"),
+    )  # fmt: skip
+    convert: str = setting(
+        "auto", "text", MODEL,
+        "Use a model that generates for something else: embed, or classify. auto and none: as it is.",
+        choices=("auto", "none", "embed", "classify"),
+    )  # fmt: skip
+    pooler_config: Mapping[str, Any] = setting(
+        {}, "table", MODEL,
+        'How a pooling model makes its vectors, as JSON: {"pooling_type": "MEAN", "normalize": true}. Default: as its '
+        "files say.",
+    )  # fmt: skip
     trust_remote_code: bool = setting(
         False, "switch", MODEL, "Refused: Octavo never runs code from a model's folder, and never needs to."
     )

@@ -11,6 +11,7 @@ from octavo.config.sections import (
     FrontendConfig,
     LoadConfig,
     ParallelConfig,
+    PoolingConfig,
     SchedulerConfig,
 )
 
@@ -35,3 +36,5 @@ class EngineConfig:
     scheduler: SchedulerConfig
     parallel: ParallelConfig
     frontend: FrontendConfig
+    pooling: PoolingConfig | None = None
+    """None: the engine generates."""

@@ -81,11 +81,8 @@ KNOWN_FLAGS: Mapping[str, KnownFlag] = {
     **_table("code-revision", "no code is ever taken from a model"),
     **_table("hf-token", "set the environment variable HF_TOKEN, so that the token does not show in process lists"),
     **_table("hf-config-path", "use --hf-overrides"),
-    **_table("model-impl", "there is one implementation of each model, Octavo's own", "auto", "vllm"),
-    **_table("runner", "only generation is supported yet", "auto", "generate"),
-    **_table("task", "only generation is supported yet", "auto", "generate"),
-    **_table("convert", "only generation is supported yet", "auto", "none"),
-    **_table("pooler-config limit-mm-per-prompt mm-processor-kwargs", "only text generation is supported yet"),
+    **_table("task", "use --runner and --convert", "auto", "generate"),
+    **_table("limit-mm-per-prompt mm-processor-kwargs", "only text is supported yet"),
     **_table("allowed-local-media-path allowed-media-domains", "only text is supported yet"),
     **_table("cpu-offload-gb kv-offloading-size", "all weights and the KV cache stay on the device", "0", "0.0"),
     **_table(

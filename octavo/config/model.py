@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from octavo.config.mla import MlaConfig
+from octavo.config.moe import MoeConfig
 from octavo.errors import ConfigError
 
 
@@ -63,6 +65,10 @@ class ModelConfig:
     """Multiplies the output, before its soft-cap."""
     text_half_of: str | None = None
     """Architecture of the multimodal checkpoint whose language model this is; its weights lie under other names."""
+    moe: MoeConfig | None = None
+    """Mixtures of experts; None = every layer has one feed-forward."""
+    mla: MlaConfig | None = None
+    """Latent attention, expanded: ``head_dim`` and ``num_kv_heads`` are those of the expanded heads."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """From config.json and generation_config.json together."""

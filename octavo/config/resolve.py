@@ -15,6 +15,7 @@ from octavo.config.args import EngineArgs
 from octavo.config.engine import Decision, EngineConfig
 from octavo.config.hardware import Hardware
 from octavo.config.model import ModelConfig
+from octavo.config.pooling import StoredPooling, in_one_piece, resolve_pooling
 from octavo.config.sections import (
     CacheConfig,
     DeviceConfig,
@@ -104,16 +105,27 @@ class KVCacheSize:
 
 
 def resolve(
-    args: EngineArgs, located: Located, model: ModelConfig, hardware: Hardware
+    args: EngineArgs, located: Located, model: ModelConfig, hardware: Hardware, stored: StoredPooling | None = None
 ) -> tuple[EngineConfig, list[Decision]]:
     """Settle everything that does not need the loaded model.
+
+    Args:
+        args: What the user asked for.
+        located: Where the model is.
+        model: Its config.
+        hardware: What the machine has.
+        stored: What its files say of pooling; None for a model that only generates.
 
     Raises:
         ConfigError: Settings contradict each other, the model, or the machine.
     """
     notes: list[Decision] = []
+    stored = stored or StoredPooling()
+    pooling = resolve_pooling(args, stored, model.architecture, notes)
+    if pooling is not None and pooling.is_encoder:
+        args = in_one_piece(args, notes)
     device = _device(args, model, hardware, notes)
-    max_model_len = _max_model_len(args, model, notes)
+    max_model_len = _max_model_len(args, model, stored, notes)
     scheduler = _scheduler(args, hardware, max_model_len, notes)
     config = EngineConfig(
         model=model,
@@ -125,6 +137,7 @@ def resolve(
             tensor_parallel_size=args.tensor_parallel_size, executor=args.distributed_executor_backend
         ),
         frontend=_frontend(args, located, model, notes),
+        pooling=pooling,
     )
     return config, notes
 
@@ -136,6 +149,8 @@ def size_kv_cache(args: EngineArgs, config: EngineConfig, report: MemoryNumbers)
         ConfigError: Not even one request of full length fits; names the largest length that does.
     """
     spec, notes = report.kv_spec, list[Decision]()
+    if spec.bytes_per_block == 0:
+        return _free_blocks(config, spec)
     per_block, wanted_len = spec.bytes_per_block, config.scheduler.max_model_len
     need_full = (spec.blocks_for_tokens(wanted_len) + 1) * per_block
     budget, why, flag = _kv_budget(args, config, report, need_full)
@@ -151,7 +166,9 @@ def size_kv_cache(args: EngineArgs, config: EngineConfig, report: MemoryNumbers)
             Decision("max_model_len", format_count(fits), f"the longest that fits into {format_bytes(budget)} of cache")
         )
         config = replace(config, scheduler=replace(config.scheduler, max_model_len=fits))
-    num_tokens = usable * spec.block_size
+    # In texts of full length: one with windows holds less than a block per block_size tokens and layer.
+    in_full = -(-max_model_len // spec.block_size)
+    num_tokens = usable * spec.block_size * in_full // spec.blocks_for_tokens(max_model_len)
     notes.append(
         Decision(
             "num_blocks",
@@ -160,6 +177,23 @@ def size_kv_cache(args: EngineArgs, config: EngineConfig, report: MemoryNumbers)
         )
     )
     return KVCacheSize(num_blocks, num_tokens, usable / spec.blocks_for_tokens(max_model_len), config, notes)
+
+
+def _free_blocks(config: EngineConfig, spec: KVGeometry) -> KVCacheSize:
+    """Blocks for a model that keeps nothing: the scheduler counts them, but they hold no memory."""
+    limits = config.scheduler
+    in_flight = limits.max_num_batched_tokens // spec.block_size + limits.max_num_seqs
+    at_least = spec.blocks_for_tokens(limits.max_model_len)
+    # A step's requests end with it, so those of the steps in flight and of the one being planned exist at once.
+    usable = max(at_least, (config.device.depth + 1) * in_flight)
+    reason = "an encoder keeps no keys and values: blocks count requests, and take no memory"
+    return KVCacheSize(
+        num_blocks=usable + 1,
+        num_tokens=usable * spec.block_size,
+        max_concurrency=usable / at_least,
+        config=config,
+        decisions=[Decision("num_blocks", format_count(usable + 1), reason)],
+    )
 
 
 # --------------------------------------------------------------------------------------------------- before loading
@@ -239,14 +273,17 @@ def _quantization(args: EngineArgs, model: ModelConfig, notes: list[Decision]) -
     return "none"
 
 
-def _max_model_len(args: EngineArgs, model: ModelConfig, notes: list[Decision]) -> int:
-    trained = model.max_position_embeddings
+def _max_model_len(args: EngineArgs, model: ModelConfig, stored: StoredPooling, notes: list[Decision]) -> int:
+    trained = stored.num_positions or model.max_position_embeddings
     if args.max_model_len is None or args.max_model_len == "auto":
         reason = "what the model was trained for"
+        default = trained
+        if stored.max_seq_length is not None and stored.max_seq_length < trained:
+            default, reason = stored.max_seq_length, f"what its authors recommend; up to {trained} with --max-model-len"
         if args.max_model_len == "auto":
             reason += ", to be fitted to memory"
-        notes.append(Decision("max_model_len", format_count(trained), reason))
-        return trained
+        notes.append(Decision("max_model_len", format_count(default), reason))
+        return default
     wanted = int(args.max_model_len)
     if wanted <= trained:
         return wanted
@@ -344,6 +381,7 @@ def _load(args: EngineArgs, located: Located, notes: list[Decision]) -> LoadConf
         load_format=load_format,
         revision=args.revision,
         seed=args.seed,
+        model_impl="octavo" if args.model_impl == "vllm" else args.model_impl,
     )
 
 

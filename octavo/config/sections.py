@@ -60,6 +60,8 @@ class LoadConfig:
     revision: str | None
     seed: int
     """Of dummy weights."""
+    model_impl: str = "auto"
+    """Whose code of the model runs: octavo, transformers, or auto: the former where it exists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,24 @@ class ParallelConfig:
     tensor_parallel_size: int = 1
     executor: str = "inline"
     """What carries plans to workers: a name in ``executor/registry.py`` or an import path ``module:callable``."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingConfig:
+    """How hidden states become one vector or a few scores per text; an engine that generates has none."""
+
+    task: str
+    """``embed`` or ``classify``."""
+    pooling_type: str
+    """Which states count: CLS (of the first token), LAST, or MEAN of all."""
+    activation: str
+    """What the result passes through: normalize, softmax, sigmoid or none."""
+    is_encoder: bool
+    """Every token sees the whole text, which is therefore computed in one piece."""
+    num_labels: int = 0
+    """Scores of a classifier; 0 for embeddings."""
+    labels: tuple[str, ...] = ()
+    """Their names, where the model has any."""
 
 
 @dataclass(frozen=True, slots=True)

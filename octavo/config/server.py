@@ -86,6 +86,18 @@ class ServerConfig:
         choices=("critical", "error", "warning", "info", "debug", "trace"),
     )  # fmt: skip
     disable_uvicorn_access_log: bool = setting(False, "switch", LOGGING, "Log no line per request.")
+    log_format: str = setting(
+        "text", "text", LOGGING, "Lines for people (text), or one object per line for programs (json).",
+        choices=("text", "json"),
+    )  # fmt: skip
+    mirror_vllm_metrics: bool = setting(
+        False, "switch", LOGGING, "Show each metric a second time under its name in vLLM, for dashboards made for that."
+    )
+    otlp_traces_endpoint: str | None = setting(
+        None, "text", LOGGING,
+        "Send a span per request to this OpenTelemetry collector over HTTP: http://localhost:4318/v1/traces.",
+        optional=True,
+    )  # fmt: skip
     enable_log_requests: bool = setting(
         False, "switch", LOGGING, "Log each request: its parameters and the beginning of its prompt."
     )

@@ -15,6 +15,7 @@ from importlib import import_module
 
 from octavo.checkpoint.config_reader import read_model_config
 from octavo.checkpoint.locate import locate_model, locate_tokenizer
+from octavo.checkpoint.pooling_reader import read_pooling
 from octavo.config.args import EngineArgs
 from octavo.config.engine import Decision, EngineConfig
 from octavo.config.resolve import KVCacheSize, resolve, size_kv_cache
@@ -122,7 +123,7 @@ def _resolve(args: EngineArgs) -> tuple[EngineConfig, list[Decision]]:
         args = replace(args, tokenizer=locate_tokenizer(args.tokenizer, download_dir=args.download_dir))
     model = read_model_config(located, args.hf_overrides)
     hardware = probe_hardware(find_device_type() if args.device == "auto" else args.device)
-    return resolve(args, located, model, hardware)
+    return resolve(args, located, model, hardware, read_pooling(located, model))
 
 
 def _size(

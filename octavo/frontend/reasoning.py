@@ -125,6 +125,8 @@ class ReasoningParser:
         self._may_open_again = form.starts_open and self._part == THOUGHT
         self._held = ""
         """Text that is not decided on: perhaps the beginning of a marker, or newlines at the end of a thought."""
+        self.has_thoughts = self._part == THOUGHT
+        """Whether there are any, empty or not."""
         self._is_fresh = True
         """Nothing of the present part was shown yet: newlines at its beginning are dropped."""
 
@@ -170,7 +172,7 @@ class ReasoningParser:
             at, marker = min(found)
             before, self._held = self._held[:at], self._held[at + len(marker) :]
             self._show(before.rstrip("\n") if self._part == THOUGHT else before, shown)
-            self._part, self._is_fresh = markers[marker], True
+            self._enter(markers[marker])
             return True
         keep = _undecided(self._held, markers, newlines=self._part == THOUGHT)
         ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -181,12 +183,17 @@ class ReasoningParser:
         stripped = self._held.lstrip()
         for marker, part in markers.items():
             if stripped.startswith(marker):
-                self._held, self._part = stripped[len(marker) :], part
+                self._held = stripped[len(marker) :]
+                self._enter(part)
                 return True
         if any(marker.startswith(stripped) for marker in markers):
             return False  # blank, or the beginning of a marker
         self._part, self._is_fresh = ANSWER, False  # no thoughts: every character is the answer's
         return True
+
+    def _enter(self, part: Part) -> None:
+        self._part, self._is_fresh = part, True
+        self.has_thoughts = self.has_thoughts or part == THOUGHT
 
     def _show(self, text: str, shown: SplitText) -> None:
         if self._part == BETWEEN:

@@ -31,6 +31,7 @@ class Attention(Layer):
         scale: float | None = None,
         sliding_window: int | None = None,
         logit_softcap: float | None = None,
+        has_sinks: bool = False,
     ) -> None:
         """Announce a layer to ``context.attention_layers``; see ``LayerContext.attention_spec``."""
         self.spec = context.attention_spec(
@@ -40,18 +41,25 @@ class Attention(Layer):
             scale=scale,
             sliding_window=sliding_window,
             logit_softcap=logit_softcap,
+            has_sinks=has_sinks,
         )
         self.layer_index = len(context.attention_layers)
         self._backend: AttentionBackend | None = None
         self._cache: Tensor | None = None
         self._views: tuple[Tensor, Tensor] | None = None
         self._group_index = 0
+        self._sinks: Tensor | None = None
         context.attention_layers.append(self)
 
     def bind(self, cache: Tensor, backend: AttentionBackend, group_index: int) -> None:
         """Give the layer its cache tensor (``backend.kv_shape()``), backend and index into ``batch.metadata``."""
         self._cache, self._backend, self._group_index = cache, backend, group_index
         self._views = backend.kv_views(cache)
+
+    def set_sinks(self, sinks: Tensor) -> None:
+        """Give the layer its sinks ``[H]``, float32; before the first step of a layer that has them."""
+        assert self.spec.has_sinks and sinks.dtype is torch.float32
+        self._sinks = sinks
 
     def forward(
         self, qkv: Tensor, rotations: Rotations, batch: ForwardBatch, norms: tuple[RMSNorm, RMSNorm] | None = None
@@ -84,9 +92,7 @@ class Attention(Layer):
                 k.copy_(norms[1].forward(k))
             rotate_heads(by_head[:, : heads + kv_heads], rotations.rows())
             self._backend.write(k, v, self._cache, meta)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self._backend.attend(q, k, v, self._cache, meta, out)
-        return out.flatten(1)
+        return self._attend(q, k, v, batch)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
         """As ``forward``, for a model that has prepared queries and keys itself.
@@ -101,8 +107,15 @@ class Attention(Layer):
             ``[T, H * D]``.
         """
         assert self._backend is not None and self._cache is not None, "bind() comes before the first step"
-        meta = batch.metadata[self._group_index]
-        self._backend.write(k, v, self._cache, meta)
+        self._backend.write(k, v, self._cache, batch.metadata[self._group_index])
+        return self._attend(q, k, v, batch)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
+        assert self._backend is not None and self._cache is not None
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self._backend.attend(q, k, v, self._cache, meta, out)
+        meta = batch.metadata[self._group_index]
+        if self._sinks is None:
+            self._backend.attend(q, k, v, self._cache, meta, out)
+        else:
+            self._backend.attend(q, k, v, self._cache, meta, out, sinks=self._sinks)
         return out.flatten(1)

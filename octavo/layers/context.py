@@ -59,6 +59,7 @@ class LayerContext:
         scale: float | None = None,
         sliding_window: int | None = None,
         logit_softcap: float | None = None,
+        has_sinks: bool = False,
     ) -> AttentionSpec:
         """The spec of one attention layer; ``scale`` is ``head_dim ** -0.5`` when not given."""
         return AttentionSpec(
@@ -71,6 +72,7 @@ class LayerContext:
             scale=head_dim**-0.5 if scale is None else scale,
             sliding_window=sliding_window,
             logit_softcap=logit_softcap,
+            has_sinks=has_sinks,
         )
 
     def empty(self, *shape: int) -> torch.Tensor:

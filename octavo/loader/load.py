@@ -14,6 +14,7 @@ from octavo.layers.parameter import collect_slots
 from octavo.loader.mapping import Placement, fill
 from octavo.loader.registry import open_source
 from octavo.loader.source import LoadRequest
+from octavo.loader.text_half import text_half
 from octavo.models.interface import CausalLM
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,13 @@ def load_weights(
         CheckpointError: The checkpoint is damaged or does not fit the model; nothing of it may be used then.
     """
     start_s = time.perf_counter()
-    placement = Placement(collect_slots(model), model.weight_map)
+    weight_map = model.weight_map
+    if model_config.text_half_of is not None:
+        logger.info(
+            "loading the language model of %s: text in, text out, no pictures and no sound", model_config.text_half_of
+        )
+        weight_map = text_half(weight_map)
+    placement = Placement(collect_slots(model), weight_map)
     torch_device = torch.device("cpu") if device is None else device.torch_device
     request = LoadRequest(load_config, model_config, placement.expected(), torch_device)
     source = open_source(load_config.load_format, request)

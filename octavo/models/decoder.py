@@ -23,7 +23,7 @@ from octavo.layers.context import LayerContext
 from octavo.layers.embedding import Embedding
 from octavo.layers.linear import Linear
 from octavo.layers.norm import LayerNorm, RMSNorm
-from octavo.layers.parameter import Layer
+from octavo.layers.parameter import Layer, Parameter
 from octavo.layers.rotary import Rotary, Rotations, head_order
 from octavo.models.interface import Shard, WeightMap
 
@@ -92,6 +92,8 @@ class DecoderOptions:
     """RMSNorm over each query and key head before the rotation."""
     has_wide_qk_norm: bool = False
     """RMSNorm over all query heads together, and over all key heads, before the rotation."""
+    has_sinks: bool = False
+    """Every head has a learned score without a value in its softmax."""
     make_mlp: Callable[[ModelConfig, DecoderOptions, LayerContext, int], FeedForward] | None = None
     """Feed-forward of a layer, by its index; None: ``GatedMLP`` everywhere."""
     mlp_name: str = "mlp"
@@ -134,7 +136,14 @@ class SelfAttention(Layer):
             scale=config.attention_scale,
             sliding_window=config.windows[index],
             logit_softcap=config.attention_softcap,
+            has_sinks=options.has_sinks,
         )
+        if options.has_sinks:
+            self.sinks = Parameter(
+                (heads,),
+                lambda: torch.empty(heads, dtype=torch.float32, device=context.device),
+                self.attention.set_sinks,
+            )
 
     def forward(self, x: Tensor, rotations: Rotations, batch: ForwardBatch) -> Tensor:
         """``[T, E] -> [T, E]``."""

@@ -15,7 +15,7 @@ CAPACITY = 1000
 """Finished requests that are remembered, about 1 kB each."""
 MAX_PREEMPTION_TIMES = 100
 """Preemptions of one request whose times are kept; all are counted."""
-_PART = re.compile(r"(?:[#-]\d+)+")
+_PART = re.compile(r"(?:[#/]\d+)+")
 
 
 class RequestHistory:
@@ -47,7 +47,7 @@ class RequestHistory:
 
 def belongs_to(sequence_id: str, request_id: str) -> bool:
     """Whether a sequence is the request of this id or a part of it: one of ``n`` answers (``id#0``), one of several
-    prompts (``id-0``)."""
+    prompts (``id/0``)."""
     if not sequence_id.startswith(request_id):
         return False
     rest = sequence_id[len(request_id) :]

@@ -53,9 +53,7 @@ HELP: Mapping[str, str] = {
     "request_params_max_tokens": "max_tokens of requests that set it.",
     "request_prefill_kv_computed_tokens": "Prompt tokens per request that were not in the prefix cache.",
     "http_requests": "Answered HTTP requests by route, method and status.",
-    "http_requests_open": "HTTP requests being answered in the process that was asked.",
     "engine_restarts": "Times that the engine's process was started again after it had died.",
-    "requests_refused": "Requests refused before they reached the engine, by error code.",
 }
 """Every metric there is, and what it counts. A name that is not here cannot be shown."""
 

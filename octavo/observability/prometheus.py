@@ -1,7 +1,8 @@
-"""Metrics as a page that Prometheus reads, in its text format or OpenMetrics, whichever the scraper prefers.
+"""Metrics as a page that Prometheus reads, in its text format.
 
-Formats and escaping are prometheus_client's; the numbers are ``metrics.py``'s, taken anew at each call. Imports
-prometheus_client, which only a server needs.
+Format and escaping are prometheus_client's; the numbers are ``metrics.py``'s, taken anew at each call. Imports
+prometheus_client, which only a server needs. OpenMetrics is not offered: for it prometheus_client turns the colon in
+our names into an underscore, and a scraper that prefers it would find none of the names that dashboards ask for.
 """
 
 from __future__ import annotations
@@ -9,27 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric as Family
 
 from octavo.observability.metrics import HELP, MIRROR_PREFIX, PREFIX, Counter, Gauge, Metric
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-def render(
-    metrics: Iterable[Metric], *, mirror: bool = False, with_process: bool = False, accept: str = ""
-) -> tuple[bytes, str]:
+
+def render(metrics: Iterable[Metric], *, mirror: bool = False, with_process: bool = False) -> bytes:
     """The page.
 
     Args:
         metrics: What to show.
         mirror: Show each a second time under vLLM's prefix.
         with_process: Add memory, CPU time and open files of this process.
-        accept: The scraper's ``Accept`` header.
 
     Returns:
-        The body and its content type.
+        The body, of CONTENT_TYPE.
     """
     shown = list(metrics)
     if mirror:
@@ -38,8 +37,7 @@ def render(
     registry.register(_Page(shown))
     if with_process:
         ProcessCollector(registry=registry)
-    encode, content_type = choose_encoder(accept)
-    return encode(registry), content_type
+    return generate_latest(registry)
 
 
 class _Page:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -24,30 +25,32 @@ class StatsShare:
     """The numbers of this process among those of its siblings.
 
     Args:
-        stats: Of this process; counts that a predecessor left behind are added to it.
+        record: What this process has counted since its start.
         folder: Private to this server; must exist.
         index: Of this process among the siblings.
     """
 
-    def __init__(self, stats: RequestStats, folder: str, index: int) -> None:
-        self._stats = stats
+    def __init__(self, record: Callable[[], StatsRecord], folder: str, index: int) -> None:
+        self._record = record
         self._folder = Path(folder)
         self._file = self._folder / f"stats-{index}.msgpack"
+        self._inherited = _read(self._file)
         self._written: bytes = b""
         self._stop = threading.Event()
-        before = _read(self._file)
-        if before is not None:
-            stats.merge(before)
         self._thread = threading.Thread(target=self._publish_regularly, name="octavo-stats", daemon=True)
 
     def start(self) -> None:
         """Publish once a second from now on, whenever something has changed."""
-        self.publish()
+        self._try_to_publish()
         self._thread.start()
 
     def publish(self) -> None:
-        """Write the file, unless nothing has changed. A reader sees the old one or the new one."""
-        data = msgspec.msgpack.encode(self._stats.record())
+        """Write the file, unless nothing has changed. A reader sees the old one or the new one.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        data = msgspec.msgpack.encode(self._mine().record())
         if data == self._written:
             return
         fresh = self._file.with_suffix(f".{os.getpid()}.tmp")
@@ -57,8 +60,7 @@ class StatsShare:
 
     def total(self) -> RequestStats:
         """All processes together, this one as of now, the others as of their last second."""
-        total = RequestStats()
-        total.merge(self._stats.record())
+        total = self._mine()
         for file in sorted(self._folder.glob("stats-*.msgpack")):
             record = None if file == self._file else _read(file)
             if record is not None:
@@ -71,6 +73,13 @@ class StatsShare:
         if self._thread.is_alive():
             self._thread.join()
         self._try_to_publish()
+
+    def _mine(self) -> RequestStats:
+        mine = RequestStats()
+        mine.merge(self._record())
+        if self._inherited is not None:
+            mine.merge(self._inherited)
+        return mine
 
     def _publish_regularly(self) -> None:
         while not self._stop.wait(PUBLISH_INTERVAL_S):

@@ -30,7 +30,7 @@ def describe_timeline(request_id: str, sequences: Sequence[RequestTimeline]) -> 
 
 def _describe(sequence: RequestTimeline, offset_s: float) -> dict[str, Any]:
     timings = sequence.timings
-    moments = [("arrived", sequence.arrival_time_s - offset_s), ("queued", timings.queued_s)]
+    moments = [("arrived", min(sequence.arrival_time_s - offset_s, timings.queued_s)), ("queued", timings.queued_s)]
     moments += [("scheduled", timings.scheduled_s)] if timings.scheduled_s else []
     moments += [("first_token", timings.first_token_s)] if timings.first_token_s else []
     moments += [("preempted", at) for at in timings.preempted_s] + [("resumed", at) for at in timings.resumed_s]

@@ -191,6 +191,7 @@ def _timeline(request: Request) -> RequestTimeline:
     return RequestTimeline(
         request_id=request.request_id,
         status=request.status.name.lower(),
+        tenant=request.tenant,
         arrival_time_s=request.arrival_time_s,
         timings=request.timings,
         num_prompt_tokens=request.num_prompt_tokens,

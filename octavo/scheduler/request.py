@@ -11,7 +11,7 @@ import enum
 from dataclasses import dataclass
 
 from octavo.kv_cache.manager import SequenceBlocks
-from octavo.messages import FinishReason, RequestTimings, ResolvedSampling
+from octavo.messages import FinishReason, RequestTimings, ResolvedPooling, ResolvedSampling
 
 
 class RequestStatus(enum.Enum):
@@ -50,6 +50,8 @@ class Request:
     timings: RequestTimings
     arrival_time_s: float
     """``time.time()`` in the frontend."""
+    pooling: ResolvedPooling | None = None
+    """Set for a request that ends with its prompt."""
     status: RequestStatus = RequestStatus.WAITING
     row: int = -1
     """Persistent row in every worker while RUNNING."""

@@ -157,6 +157,7 @@ class Scheduler:
                 timings=RequestTimings(queued_s=self._clock()),
                 arrival_time_s=request.arrival_time_s,
                 num_prompt_logprobs=0 if resumption is None else resumption.num_prompt_logprobs,
+                pooling=request.pooling,
             )
         )
 
@@ -347,6 +348,7 @@ class Scheduler:
                 num_computed_tokens=start,
                 sampling=request.sampling,
                 block_ids=request.blocks.block_ids(),
+                pooling=request.pooling,
             )
         )
         self._budget.num_tokens_left -= count
@@ -378,10 +380,11 @@ class Scheduler:
                 "it out, or start with --scheduling-policy priority",
                 param="priority",
             )
-        if num_prompt >= max_model_len:
+        pools = request.pooling is not None
+        if num_prompt >= max_model_len + pools:
             raise ContextLengthError(
                 f"the prompt has {num_prompt} tokens, but the context of {max_model_len} tokens (max_model_len) must "
-                "also hold at least one token of the answer",
+                + ("hold it" if pools else "also hold at least one token of the answer"),
                 param="prompt",
             )
         try:
@@ -390,7 +393,8 @@ class Scheduler:
             raise InvalidRequestError(
                 f"the prompt holds something that is no token id: {error}", param="prompt"
             ) from error
-        max_total_tokens = min(num_prompt + request.sampling.max_tokens, max_model_len)
+        # One that pools ends where others draw their first token.
+        max_total_tokens = num_prompt + 1 if pools else min(num_prompt + request.sampling.max_tokens, max_model_len)
         self._check_blocks(request, max_total_tokens)
         return max_total_tokens
 

@@ -12,6 +12,7 @@ from octavo.messages import (
     FinishReason,
     Logprobs,
     ModelRunnerOutput,
+    Pooled,
     SchedulerOutput,
 )
 from octavo.sampling_params import RepetitionDetection
@@ -49,9 +50,10 @@ def apply_result(
             outputs.append(last_output(request, [], error=result.errors[index]))
             continue
         if request.num_preemptions == record.preemptions[index]:
-            request.num_computed_tokens = end
-            if end >= request.blocks.next_commit_tokens:
-                books.kv_cache.commit(request.blocks, end)
+            _count_computed(books, request, end)
+        if result.pooled and (pooled := result.pooled[index]) is not None:
+            outputs.append(_finish_pooled(books, request, pooled, now_s))
+            continue
         prompt_logprobs = None
         if result.prompt_logprobs:
             prompt_logprobs = _undelivered(request, start, result.prompt_logprobs[index])
@@ -71,6 +73,23 @@ def apply_result(
         outputs.append(output)
     _count_served(books, served)
     return outputs
+
+
+def _count_computed(books: Books, request: Request, end: int) -> None:
+    request.num_computed_tokens = end
+    if end >= request.blocks.next_commit_tokens:
+        books.kv_cache.commit(request.blocks, end)
+
+
+def _finish_pooled(books: Books, request: Request, pooled: Pooled, now_s: float) -> EngineCoreOutput:
+    """The only output of a request that ends with its prompt."""
+    timings = request.timings
+    timings.first_token_s = timings.last_token_s = now_s
+    _count_prompt(books, request)
+    books.finish(request, FinishReason.STOP, now_s)
+    output = last_output(request, [])
+    output.pooled = pooled
+    return output
 
 
 def last_output(

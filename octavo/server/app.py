@@ -16,11 +16,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import OctavoError
-from octavo.server import models
+from octavo.server import chat, completions, metrics, models, requests, timeline, tokenize
 from octavo.server.openai_errors import HTTPRefusal, error_response, log_internal
 from octavo.server.service import ASGIApp, Service
 
-ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (models.make_router,)
+ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
+    models.make_router,
+    chat.make_router,
+    completions.make_router,
+    tokenize.make_router,
+    requests.make_router,
+    metrics.make_router,
+    timeline.make_router,
+)
 """One entry per area."""
 
 

@@ -7,21 +7,29 @@ a test gives an engine of its own, and ``AsyncLLM`` and its supervisor both fit.
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from octavo.config.server import ServerConfig
 from octavo.errors import OctavoError
 from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import Prompt, TokensPrompt
 from octavo.frontend.tokenizer import Tokenizer
-from octavo.messages import EngineReady
+from octavo.messages import EngineReady, RequestTimeline
 from octavo.observability.metrics import Metric
+from octavo.observability.request_stats import RequestStats
 from octavo.outputs import RequestOutput, RequestStateStats
 from octavo.sampling_params import SamplingParams
+from octavo.server.open_requests import OpenRequests
+from octavo.server.sse import StallGuard
 
+T = TypeVar("T")
 ASGIApp = Callable[..., Any]
 """``async def app(scope, receive, send)``."""
 Layer = Callable[[ASGIApp], ASGIApp]
@@ -61,12 +69,19 @@ class Engine(Protocol):
         priority: int = 0,
         tenant: str = "default",
     ) -> AsyncGenerator[RequestOutput, None]: ...
-    async def abort(self, request_id: str | list[str]) -> None: ...
+    async def abort(self, request_id: str | list[str], *, only_if_waiting: bool = False) -> None: ...
     def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
     ) -> TokensPrompt: ...
+    def tokenize_prompt(
+        self, text: str, *, add_special_tokens: bool = True, keep: int | None = None
+    ) -> TokensPrompt: ...
     async def reset_prefix_cache(self) -> bool: ...
     async def get_metrics(self) -> list[Metric]: ...
+    def latest_metrics(self, stats: RequestStats | None = None) -> list[Metric]: ...
+    @property
+    def request_stats(self) -> RequestStats | None: ...
+    async def timeline(self, request_id: str) -> list[RequestTimeline]: ...
     async def check_health(self) -> None: ...
 
 
@@ -163,6 +178,18 @@ class Service:
     observers: list[Observer] = field(default_factory=list[Observer])
     layers: list[Layer] = field(default_factory=list[Layer])
     """In front of the routes, outermost first: limits, then keys."""
+    open_requests: OpenRequests = field(default_factory=OpenRequests)
+    stall_guard: StallGuard = field(init=False)
+    texts: ThreadPoolExecutor = field(init=False)
+    """Where conversations are rendered and long texts tokenized, so that streams go on meanwhile."""
+
+    def __post_init__(self) -> None:
+        self.stall_guard = StallGuard(self.config.stream_stall_timeout)
+        self.texts = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="octavo-text")
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Run ``function`` beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.texts, functools.partial(function, *args))
 
     @property
     def need_engine(self) -> Engine:

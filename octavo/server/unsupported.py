@@ -72,6 +72,8 @@ COMPLETIONS: Mapping[str, Unsupported] = {
     **SHARED,
     "suffix": Unsupported("filling in before a suffix is not supported", _is("")),
 }
+SHARED_TOKENS: Mapping[str, Unsupported] = {"tools": Unsupported(_TOOLS), "mm_processor_kwargs": Unsupported(_MEDIA)}
+"""Of ``/tokenize``."""
 STREAM_OPTIONS: Mapping[str, Unsupported] = {
     "include_obfuscation": Unsupported("chunks are not padded", _is(False)),
 }

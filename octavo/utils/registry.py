@@ -43,7 +43,7 @@ class Registry:
         self.noun = noun
         self.param = param
         self._group = group
-        self._table = dict(table)
+        self._table: dict[str, str | type] = dict(table)
         self._aliases = dict(aliases or {})
         self.absent = dict(absent or {})
         self._normalise = normalise
@@ -52,6 +52,23 @@ class Registry:
         """Names with an implementation, built in ones first, then those of installed packages."""
         extra = [point.name for point in entry_points(group=self._group)]
         return [*self._table, *(name for name in sorted(set(extra)) if name not in self._table)]
+
+    def knows(self, name: str) -> bool:
+        """Whether ``load`` has something to import for this name."""
+        name = self.resolve_name(name)
+        return ":" in name or name in self._table or name in {point.name for point in entry_points(group=self._group)}
+
+    def register(self, name: str, target: str | type) -> None:
+        """Add an entry, or put another in its place, for this process.
+
+        An engine in a process of its own starts with the table as it is in the source: there an entry point is what
+        makes a name known.
+
+        Args:
+            name: As it will be looked up, in its canonical spelling.
+            target: ``module:Class``, or the class.
+        """
+        self._table[name] = target
 
     def resolve_name(self, name: str) -> str:
         """The canonical spelling of a name; import paths are left as they are."""
@@ -67,7 +84,9 @@ class Registry:
             ConfigError: The name is unknown, known to be absent, or cannot be imported; says what is possible.
         """
         name = self.resolve_name(name)
-        target = name if ":" in name else self._table.get(name)
+        target: str | type | None = name if ":" in name else self._table.get(name)
+        if isinstance(target, type):
+            return target
         if target is None:
             points = [point for point in entry_points(group=self._group) if point.name == name]
             target = points[0].value if points else None

@@ -78,9 +78,7 @@ def test_a_row_with_what_stands_around_the_product(
     norm = (torch.randn(columns, device=DEVICE).to(dtype), 1e-5) if has_norm else None
     stream = torch.randn(1, outputs, device=DEVICE).to(dtype)
     out = stream.clone() if adds else torch.empty_like(stream)
-    multiply_row(
-        x, weight, bias, out, SkinnyPlan(1, 4, 128, 1, 4, 1, early), norm=norm, gate=int(gate), adds=adds
-    )
+    multiply_row(x, weight, bias, out, SkinnyPlan(1, 4, 128, 1, 4, 1, early), norm=norm, gate=int(gate), adds=adds)
     expected = row_linear_ref(x, weight, bias, norm=norm, gate=gate, add_to=stream if adds else None)
     tolerance = 3e-3 if dtype is torch.float16 else 2e-2
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)

@@ -83,10 +83,12 @@ def run_step(
     meta = backend.plan(step, start, lens_tensor, table, slot_mapping)
     out = torch.full_like(q, 7.0)
     backend.write(new[:, 0], new[:, 1], cache, meta)
-    backend.attend(q, new[:, 0], new[:, 1], cache, meta, out)
+    sinks = torch.randn(spec.num_heads).to(DEVICE) * 3 + 1 if spec.has_sinks else None
+    backend.attend(q, new[:, 0], new[:, 1], cache, meta, out, sinks)
     expected = paged_attention_ref(
-        q, cache, table, start, lens_tensor, scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap
-    )
+        q, cache, table, start, lens_tensor, scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap,
+        sinks=sinks,
+    )  # fmt: skip
     count = sum(query_lens)
     return out[:count].float(), expected[:count], out[count:].float()
 
@@ -116,6 +118,8 @@ SPECS: dict[str, dict[str, object]] = {
     "window": {"sliding_window": 33, "block_size": 64},
     "window on a border": {"sliding_window": 64, "block_size": 16},
     "softcap": {"logit_softcap": 5.0, "block_size": 64},
+    "sinks": {"has_sinks": True, "block_size": 64},
+    "window and sinks": {"has_sinks": True, "sliding_window": 33, "num_heads": 16},
     "window and softcap": {"sliding_window": 100, "logit_softcap": 2.0},
 }
 

@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.attention.tiles import LOG2E, MASKED, can_use_tma, fit_tile, load_tile, make_descriptor, soft_cap
+from octavo.kernels.attention.tiles import (
+    LOG2E,
+    MASKED,
+    add_sink,
+    can_use_tma,
+    fit_tile,
+    load_tile,
+    make_descriptor,
+    soft_cap,
+)
 from octavo.kernels.gpu.launch import has_pdl, launch_options
 
 ITEM_FIELDS = 8
@@ -125,11 +134,11 @@ def make_work_list(
 @triton.jit
 def _decode(
     q, cache, descriptor, block_table, items, num_items, first_slot, num_parts, arrivals, out, partial,
-    partial_lse, scale, softcap, q_stride_t, q_stride_h, out_stride_t, out_stride_h, table_stride, stride_block,
+    partial_lse, sinks, scale, softcap, q_stride_t, q_stride_h, out_stride_t, out_stride_h, table_stride, stride_block,
     stride_kv, stride_head,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, FIELDS: tl.constexpr, PDL: tl.constexpr,
+    HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FIELDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -181,6 +190,11 @@ def _decode(
         total = total * shrink + tl.sum(weights, 1)[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink, input_precision=PRECISION)
         m = m_new
+    if HAS_SINKS:
+        # A history in parts gets its sink when the parts are combined.
+        if slot < 0:
+            sink = tl.load(sinks + heads, mask=rows < GROUP, other=MASKED)[:, None]
+            total, acc = add_sink(m, total, acc, sink)
     result = acc / total
     if slot < 0:
         at = out + token * out_stride_t + heads[:, None] * out_stride_h + offs_d[None, :]
@@ -197,15 +211,15 @@ def _decode(
             base = tl.load(first_slot + request).to(tl.int64)
             for i in tl.static_range(GROUP):
                 head = kv_head * GROUP + i
-                _combine(partial, partial_lse, base, parts, head, out + token * out_stride_t + head * out_stride_h,
-                         G * GROUP, D, D_PAD, 16)  # fmt: skip
+                to = out + token * out_stride_t + head * out_stride_h
+                _combine(partial, partial_lse, base, parts, head, to, sinks, G * GROUP, D, D_PAD, 16, HAS_SINKS)
             tl.store(arrivals + request * G + kv_head, 0)
 
 
 @triton.jit
 def _combine(
-    partial, partial_lse, base, parts, head, out, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PARTS: tl.constexpr,
+    partial, partial_lse, base, parts, head, out, sinks, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PARTS: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """Write one head's ``parts`` partial results as one."""
     offs_d = tl.arange(0, D_PAD)
@@ -229,12 +243,14 @@ def _combine(
         acc = acc * shrink + tl.sum(values * weight[:, None], 0)
         total = total * shrink + tl.sum(weight, 0)
         m = m_new
+    if HAS_SINKS:
+        total, acc = add_sink(m, total, acc, tl.load(sinks + head))
     tl.store(out + offs_d, (acc / total).to(out.dtype.element_ty), mask=offs_d < D)
 
 
 def decode_attention(
     q_THD: Tensor, cache_NKGPD: Tensor, block_table: Tensor, work: WorkList, out_THD: Tensor, *,
-    scale: float, window: int | None, softcap: float | None,
+    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attention of the requests with one query; the other tokens of ``out_THD`` are left alone.
 
@@ -247,6 +263,7 @@ def decode_attention(
         scale: Multiplies the products.
         window: Keys that a query sees, itself included.
         softcap: Bound of the scores.
+        sinks: ``[H]``: a score of each head that takes part in the softmax and has no value.
 
     Cost: one launch; reads each key and value once. Reference: ``paged_attention_ref`` in ``reference.py``.
     """
@@ -262,12 +279,12 @@ def decode_attention(
     num_warps, stages = _settings(tile, size, is_half)
     _decode[(work.max_items * kv_heads,)](
         q_THD, cache_NKGPD, make_descriptor(cache_NKGPD, tile) if use_tma else cache_NKGPD, block_table, work.items,
-        work.num_items, work.first_slot, work.num_parts, work.arrivals, out_THD, partial, partial_lse, scale,
-        softcap or 0.0, q_THD.stride(0), q_THD.stride(1), out_THD.stride(0), out_THD.stride(1), block_table.stride(0),
-        *cache_NKGPD.stride()[:3],
+        work.num_items, work.first_slot, work.num_parts, work.arrivals, out_THD, partial, partial_lse,
+        out_THD if sinks is None else sinks, scale, softcap or 0.0, q_THD.stride(0), q_THD.stride(1),
+        out_THD.stride(0), out_THD.stride(1), block_table.stride(0), *cache_NKGPD.stride()[:3],
         kv_heads, group, max(16, triton.next_power_of_2(group)), size, d_pad, page, tile, use_tma, window or 0,
-        softcap is not None, "tf32" if is_half else "ieee", stages, ITEM_FIELDS, has_pdl(), num_warps=num_warps,
-        **launch_options(),
+        softcap is not None, sinks is not None, "tf32" if is_half else "ieee", stages, ITEM_FIELDS, has_pdl(),
+        num_warps=num_warps, **launch_options(),
     )  # fmt: skip
 
 

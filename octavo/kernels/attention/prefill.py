@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.attention.tiles import LOG2E, MASKED, can_use_tma, fit_tile, load_tile, make_descriptor, soft_cap
+from octavo.kernels.attention.tiles import (
+    LOG2E,
+    MASKED,
+    add_sink,
+    can_use_tma,
+    fit_tile,
+    load_tile,
+    make_descriptor,
+    soft_cap,
+)
 from octavo.kernels.gpu.launch import has_pdl, launch_options
 
 
@@ -58,12 +67,13 @@ def _attend(
 
 @triton.jit
 def _prefill(
-    q, cache, descriptor, block_table, tiles, out,
+    q, cache, descriptor, block_table, tiles, out, sinks,
     scale, softcap, q_stride_t, q_stride_h, out_stride_t, out_stride_h, table_stride, stride_block, stride_kv,
     stride_head,
     G: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -113,6 +123,9 @@ def _prefill(
         stride_block, stride_kv, stride_head, G, D, D_PAD, PAGE, TILE, TMA, True, WINDOW, HAS_SOFTCAP, PRECISION,
         STAGES,
     )  # fmt: skip
+    if HAS_SINKS:
+        column, acc = add_sink(m[:, None], total[:, None], acc, tl.load(sinks + head)[:, None])
+        total = tl.sum(column, 1)
     at = out + (token * out_stride_t + head * out_stride_h)[:, None] + offs_d[None, :]
     tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
@@ -203,7 +216,7 @@ def make_tile_list(
 
 def prefill_attention(
     q_THD: Tensor, cache_NKGPD: Tensor, block_table: Tensor, tiles: Tensor, shape: PrefillShape, out_THD: Tensor,
-    *, scale: float, window: int | None, softcap: float | None,
+    *, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Causal attention of the tokens in ``tiles``; the others of ``out_THD`` are left alone.
 
@@ -217,6 +230,7 @@ def prefill_attention(
         scale: Multiplies the products.
         window: Keys that a query sees, itself included.
         softcap: Bound of the scores.
+        sinks: ``[H]``: a score of each head that takes part in the softmax and has no value.
 
     Cost: one launch. Reference: ``paged_attention_ref`` in ``reference.py``.
     """
@@ -226,9 +240,9 @@ def prefill_attention(
     use_tma = can_use_tma(page, shape.tile, size, cache_NKGPD.element_size())
     _prefill[(num_heads // shape.pack, len(tiles))](
         q_THD, cache_NKGPD, make_descriptor(cache_NKGPD, shape.tile) if use_tma else cache_NKGPD, block_table, tiles,
-        out_THD, scale, softcap or 0.0, q_THD.stride(0), q_THD.stride(1), out_THD.stride(0), out_THD.stride(1),
-        block_table.stride(0), *cache_NKGPD.stride()[:3],
+        out_THD, out_THD if sinks is None else sinks, scale, softcap or 0.0, q_THD.stride(0), q_THD.stride(1),
+        out_THD.stride(0), out_THD.stride(1), block_table.stride(0), *cache_NKGPD.stride()[:3],
         kv_heads, num_heads // kv_heads, shape.pack, shape.rows, size, triton.next_power_of_2(size), page, shape.tile,
-        use_tma, window or 0, softcap is not None, "tf32" if is_half else "ieee", shape.stages,
+        use_tma, window or 0, softcap is not None, sinks is not None, "tf32" if is_half else "ieee", shape.stages,
         has_pdl(), num_warps=shape.num_warps, **launch_options(),
     )  # fmt: skip

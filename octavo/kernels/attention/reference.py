@@ -8,7 +8,7 @@ from torch import Tensor
 
 def paged_attention_ref(
     q_THD: Tensor, cache_NKGPD: Tensor, block_table: Tensor, query_start_loc: Tensor, seq_lens: Tensor,
-    *, scale: float, window: int | None = None, softcap: float | None = None,
+    *, scale: float, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of every request over its paged history, in float32. Returns ``[T, H, D]`` float32.
 
@@ -21,6 +21,7 @@ def paged_attention_ref(
         scale: Multiplies the products.
         window: Keys that a query sees, itself included.
         softcap: Bound of the scores.
+        sinks: ``[H]``: a score of each head that takes part in the softmax and has no value.
     """
     num_heads, size = q_THD.shape[1:]
     kv_heads, page = cache_NKGPD.shape[2], cache_NKGPD.shape[3]
@@ -41,6 +42,9 @@ def paged_attention_ref(
         hidden = keys > positions
         if window is not None:
             hidden |= keys <= positions - window
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.float()[:, None, None].expand(-1, last - first, 1)), -1)
+        weights = scores.softmax(-1)[..., :length]
         out[first:last] = torch.einsum("htk,hkd->thd", weights, v)
     return out

@@ -57,6 +57,16 @@ def soft_cap(scores, cap):
     return cap * (e - 1.0) / (e + 1.0)
 
 
+@triton.jit
+def add_sink(m, total, acc, sink):
+    """One more score, in natural units, without a value; the running maximum ``m`` is in base 2. The three shapes
+    broadcast with ``sink``'s. Returns ``total`` and ``acc`` as they are under the maximum of both."""
+    score = sink.to(tl.float32) * LOG2E
+    m_new = tl.maximum(m, score)
+    shrink = tl.exp2(m - m_new)
+    return total * shrink + tl.exp2(score - m_new), acc * shrink
+
+
 def make_descriptor(cache_NKGPD: Tensor, tile: int) -> TensorDescriptor:
     """A two-dimensional TMA view ``[N * 2 * G * P, D]`` of a layer's cache in boxes of ``[tile, D]``."""
     flat = cache_NKGPD.view(-1, cache_NKGPD.shape[-1])

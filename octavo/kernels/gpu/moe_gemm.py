@@ -1,7 +1,7 @@
 """The two products of a mixture of experts: gate and up with the activation behind them, and down.
 
-Two forms. *Tiles*: rows sorted by expert (``kernels/moe/align.py``), one expert a program, tensor cores. *Pairs*: for so
-few tokens that hardly two share an expert, one row at a time in registers, which needs no sorting; the down product
+Two forms. *Tiles*: rows sorted by expert (``kernels/moe/align.py``), one expert a program, tensor cores. *Pairs*: for
+so few tokens that hardly two share an expert, one row at a time in registers, which needs no sorting; the down product
 then adds a token's experts itself. Sizes: ``kernels/moe/plans.py``. Sums run in float32; no host synchronisation.
 """
 
@@ -47,7 +47,7 @@ def _tile_of(pid, num_n, limit, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _load_weight(at, columns, k, SIZE, BK: tl.constexpr, EVEN: tl.constexpr):
+def _load_weight(at, columns, k, SIZE, EVEN: tl.constexpr):
     if EVEN:
         w = tl.load(at + k)
     else:
@@ -100,8 +100,8 @@ def _gate_up_tiles(
                 xs = tl.load(x_at + k, mask=is_real[:, None], other=0.0)
             else:
                 xs = tl.load(x_at + k, mask=is_real[:, None] & (k + columns < E)[None, :], other=0.0)
-            gate = _multiply(gate, xs, _load_weight(gate_at, columns, k, E, BK, even_k), SWAP, PRECISION)
-            up = _multiply(up, xs, _load_weight(up_at, columns, k, E, BK, even_k), SWAP, PRECISION)
+            gate = _multiply(gate, xs, _load_weight(gate_at, columns, k, E, even_k), SWAP, PRECISION)
+            up = _multiply(up, xs, _load_weight(up_at, columns, k, E, even_k), SWAP, PRECISION)
         if SWAP:
             gate = tl.trans(gate)
             up = tl.trans(up)
@@ -146,7 +146,7 @@ def _down_tiles(
                 hs = tl.load(h_at + k, mask=is_real[:, None], other=0.0)
             else:
                 hs = tl.load(h_at + k, mask=is_real[:, None] & (k + columns < F)[None, :], other=0.0)
-            acc = _multiply(acc, hs, _load_weight(w_at, columns, k, F, BK, even_k), SWAP, PRECISION)
+            acc = _multiply(acc, hs, _load_weight(w_at, columns, k, F, even_k), SWAP, PRECISION)
         if SWAP:
             acc = tl.trans(acc)
         if HAS_BIAS:
@@ -230,8 +230,8 @@ def _gate_up_pairs(
     gate = tl.zeros([BN, BK], tl.float32)
     up = tl.zeros([BN, BK], tl.float32)
     # A tile ahead: nothing else overlaps loads with sums outside of tensor core loops.
-    next_gate = _load_weight(gate_at, columns, 0, E, BK, even_k)
-    next_up = _load_weight(up_at, columns, 0, E, BK, even_k)
+    next_gate = _load_weight(gate_at, columns, 0, E, even_k)
+    next_up = _load_weight(up_at, columns, 0, E, even_k)
     for k in tl.range(0, E, BK, num_stages=1):
         w_gate = next_gate
         w_up = next_up

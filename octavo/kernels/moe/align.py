@@ -1,7 +1,8 @@
-"""Sort the (token, expert) pairs of a step by expert and cut them into tiles, so that a product's tile has one expert.
+"""Sort the (token, expert) pairs of a step by expert and cut them into tiles, so that a tile has one expert.
 
-Pair ``t * K + k`` is the k-th expert of token t. Each expert's pairs are padded to whole tiles; how many tiles there are
-is known on the device only, so the host launches for the most that there can be. Paper: Gale et al., "MegaBlocks", 2023.
+Pair ``t * K + k`` is the k-th expert of token t. Each expert's pairs are padded to whole tiles; how many tiles there
+are is known on the device only, so the host launches for the most that there can be.
+Paper: Gale et al., "MegaBlocks", 2023.
 """
 
 from __future__ import annotations

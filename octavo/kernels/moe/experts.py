@@ -23,8 +23,8 @@ class Activation:
     """What stands between the two products."""
 
     kind: str = "silu"
-    """``silu``, ``gelu_tanh``: act(gate) * up. ``clamped_swiglu``: gate * sigmoid(alpha * gate) * (up + 1), with gate at
-    most ``limit`` and up within it."""
+    """``silu``, ``gelu_tanh``: act(gate) * up. ``clamped_swiglu``: gate * sigmoid(alpha * gate) * (up + 1), with gate
+    at most ``limit`` and up within it."""
     alpha: float = 1.702
     limit: float = 7.0
 
@@ -85,7 +85,7 @@ def experts_ref(x: Tensor, tensors: ExpertTensors, weights: Tensor, experts: Ten
 
 
 def combine_ref(parts: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
-    """Sum ``parts [T * K, E]`` over each token's K experts, in float32, times ``weights [T, K]`` if given: ``[T, E]``."""
+    """Sum ``parts [T * K, E]`` over a token's K experts in float32, times ``weights [T, K]`` if given: ``[T, E]``."""
     wide = parts.float().unflatten(0, (-1, top_k))
     return (wide if weights is None else wide * weights[..., None]).sum(1).to(parts.dtype)
 

@@ -26,7 +26,7 @@ _SIGNATURES = {
     "octavo_silu_and_mul": (_P, _P, _L, _L),
     "octavo_rotate": (_P, _L, _P, _L, _L, _L, _L),
     "octavo_decode_attention": (
-        _P, _L, _P, _L, _P, _P, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _P,
+        _P, _L, _P, _L, _P, _P, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _P, _P,
     ),
     "octavo_write_kv": (_P, _L, _P, _L, _P, _P, _L, _L),
 }  # fmt: skip
@@ -102,7 +102,9 @@ class NativeKernels:
             k.shape[0], k.shape[1] * k.shape[2],
         )  # fmt: skip
 
-    def decode_attention(self, q: Tensor, cache: Tensor, plan: DecodePlan, scale: float, out: Tensor) -> None:
+    def decode_attention(
+        self, q: Tensor, cache: Tensor, plan: DecodePlan, scale: float, out: Tensor, sinks: Tensor | None = None
+    ) -> None:
         """Each planned query ``q[i] [H, D]`` attends over its paged keys; writes ``out[i]``.
 
         Args:
@@ -111,12 +113,14 @@ class NativeKernels:
             plan: Which rows of ``q``, over which keys.
             scale: Multiplies the products.
             out: ``[T, H, D]``; only planned rows are written.
+            sinks: ``[H]``, contiguous: a score of each head that takes part in the softmax and has no value.
         """
         heads, size = q.shape[1], q.shape[2]
         scratch = self._borrow((plan.num_tasks * (size + 2) + torch.get_num_threads() * SPAN_KEYS) * heads * 4)
         self._decode_attention(
             q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), cache.data_ptr(), *plan.pointers, len(plan.lens),
-            plan.num_tasks, heads, cache.shape[3], size, cache.shape[1], scale, scratch,
+            plan.num_tasks, heads, cache.shape[3], size, cache.shape[1], scale,
+            None if sinks is None else sinks.data_ptr(), scratch,
         )  # fmt: skip
 
     def _borrow(self, num_bytes: int) -> int:

@@ -292,7 +292,8 @@ static void attend_span(const float *q, const float *cache, const int32_t *table
 void octavo_decode_attention(const float *q, long ldq, float *out, long ldo, const float *cache,
                              const int32_t *block_table, long ldt, const int32_t *query_index, const int32_t *starts,
                              const int32_t *lens, const int32_t *tasks, const int32_t *first_task, long B,
-                             long num_tasks, long H, long G, long D, long P, float scale, float *scratch) {
+                             long num_tasks, long H, long G, long D, long P, float scale, const float *sinks,
+                             float *scratch) {
     const long width = D + 2;
 #pragma omp parallel
     {
@@ -308,9 +309,11 @@ void octavo_decode_attention(const float *q, long ldq, float *out, long ldo, con
         for (long i = 0; i < B * H; i++) {
             const long b = i / H, h = i % H;
             float *to = out + query_index[b] * ldo + h * D;
-            float high = -INFINITY, sum = 0.f;
+            // A sink is a score that takes its part of the weight and has no value.
+            float high = sinks ? sinks[h] : -INFINITY, sum = 0.f;
             for (long task = first_task[b]; task < first_task[b + 1]; task++)
                 high = larger(high, scratch[(task * H + h) * width]);
+            if (sinks) sum = exp_negative(sinks[h] - high);
             for (long d = 0; d < D; d++) to[d] = 0.f;
             for (long task = first_task[b]; task < first_task[b + 1]; task++) {
                 const float *partial = scratch + (task * H + h) * width;

@@ -24,7 +24,7 @@ SPEC = AttentionSpec(
 )
 
 
-def dense(q, k, v, spec: AttentionSpec):
+def dense(q, k, v, spec: AttentionSpec, sinks=None):
     """The last ``len(q)`` positions of a sequence attend over all of it, written as plainly as possible."""
     num_queries, num_keys = len(q), len(k)
     groups = spec.num_heads // spec.num_kv_heads
@@ -38,7 +38,9 @@ def dense(q, k, v, spec: AttentionSpec):
             first = 0 if spec.sliding_window is None else max(0, position - spec.sliding_window + 1)
             scores[row, :first] = float("-inf")
             scores[row, position + 1 :] = float("-inf")
-        out[:, head] = scores.softmax(-1) @ v[:, head // groups]
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[head].expand(num_queries, 1)), 1)
+        out[:, head] = scores.softmax(-1)[:, :num_keys] @ v[:, head // groups]
     return out
 
 
@@ -108,10 +110,14 @@ def check_backend(
     out = torch.full_like(q, float("nan"))
     cache_before = cache.clone()
     backend.write(k, v, cache, meta)
-    backend.attend(q, k, v, cache, meta, out)
+    sinks = torch.randn(spec.num_heads, generator=generator) * 3 if spec.has_sinks else None
+    if sinks is None:
+        backend.attend(q, k, v, cache, meta, out)
+    else:
+        backend.attend(q, k, v, cache, meta, out, sinks.to(device))
     start = 0
     for row, (_, new) in enumerate(work):
-        expected = dense(queries[row], keys[row], values[row], spec)
+        expected = dense(queries[row], keys[row], values[row], spec, sinks)
         torch.testing.assert_close(out[start : start + new].cpu().float(), expected, atol=atol, rtol=rtol)
         start += new
     # New slots were NaN or zero: exactly their values have changed, nothing else.
@@ -145,6 +151,17 @@ def test_random_mixed_batches(scattered, window, softcap):
     for seed in range(3):
         work = [(rng.choice([0, 0, 1, 15, 16, 17, 63, 150]), rng.choice([1, 1, 1, 2, 16, 33])) for _ in range(6)]
         check_batch(spec, work, scattered=scattered, padding=rng.choice([0, 3]), seed=seed)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_sinks_take_their_part_of_the_weight(window):
+    spec = replace(SPEC, has_sinks=True, sliding_window=window)
+    check_batch(spec, [(0, 1), (0, 33), (150, 1), (63, 16), (300, 1), (17, 2)], scattered=True, padding=3)
+
+
+def test_a_backend_without_sinks_refuses_such_layers():
+    with pytest.raises(ConfigError, match="no attention sinks"):
+        choose_backend("FLEX_ATTENTION", replace(SPEC, has_sinks=True), "cpu")
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])

@@ -1,0 +1,43 @@
+"""Dimensions of a family that Octavo has no model for, out of whatever words its config.json uses.
+
+The engine needs a few numbers of every model (layers, heads, context length) before anybody looks at its code, and
+this half of it does not import transformers, whose config classes know the synonyms. What is read here sizes memory;
+the model itself is built from config.json as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SYNONYMS: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("n_embd", "d_model", "dim", "model_dim", "n_embed"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "num_transformer_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_key_value_heads": ("n_head_kv", "num_kv_heads", "n_kv_heads", "multi_query_group_num"),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "d_ff", "ffn_intermediate_size"),
+    "max_position_embeddings": ("n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length"),
+    "hidden_act": ("activation_function", "hidden_activation", "activation"),
+}
+"""Our word, and those of others in the order in which they are looked for."""
+_FALLBACK_POSITIONS = 2048
+
+
+def foreign_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says under other names, in the form of a family's defaults.
+
+    A feed-forward size that is nowhere stated is four times the hidden size, as in GPT-2.
+    """
+    found: dict[str, Any] = {}
+    for name, others in SYNONYMS.items():
+        if config.get(name) is not None:
+            continue
+        value = next((config[other] for other in others if config.get(other) is not None), None)
+        if value is not None:
+            found[name] = value
+    hidden = config.get("hidden_size", found.get("hidden_size"))
+    if config.get("intermediate_size") is None and isinstance(hidden, int):
+        found.setdefault("intermediate_size", 4 * hidden)
+    if config.get("max_position_embeddings") is None:
+        found.setdefault("max_position_embeddings", _FALLBACK_POSITIONS)
+    return found

@@ -1,0 +1,74 @@
+"""What answers of chat and text completions share: heads, finish fields, failures, headers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from starlette.responses import Response
+
+from octavo.errors import OctavoError
+from octavo.outputs import CompletionOutput, RequestOutput
+from octavo.server.generation import Generation
+from octavo.server.service import Service
+from octavo.server.sse import encode
+
+
+class AnswerFailedError(OctavoError):
+    """The engine could not finish an answer, such as for NaN logits."""
+
+    code = "generation_failed"
+
+
+def installed_version() -> str:
+    """Of the installed distribution."""
+    try:
+        return version("octavo")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+FINGERPRINT = f"octavo-{installed_version()}"
+
+
+def head(generation: Generation, kind: str) -> dict[str, Any]:
+    """The first fields of an answer or a chunk."""
+    return {
+        "id": generation.request_id,
+        "object": kind,
+        "created": generation.created_s,
+        "model": generation.model,
+        "system_fingerprint": FINGERPRINT,
+    }
+
+
+def answer_headers(service: Service, request_id: str) -> dict[str, str]:
+    """Headers of every generation's answer."""
+    return {"x-request-id": request_id} if service.config.enable_request_id_headers else {}
+
+
+def json_answer(content: dict[str, Any], headers: dict[str, str]) -> Response:
+    """A whole answer."""
+    return Response(encode(content), headers=headers, media_type="application/json")
+
+
+def check_outputs(outputs: Sequence[RequestOutput]) -> None:
+    """Whether the engine could finish them all.
+
+    Raises:
+        AnswerFailedError: It could not.
+    """
+    for output in outputs:
+        for answer in output.outputs:
+            check_answer(answer)
+
+
+def check_answer(answer: CompletionOutput) -> None:
+    """Whether the engine could go on with it.
+
+    Raises:
+        AnswerFailedError: It could not.
+    """
+    if answer.finish_reason == "error":
+        raise AnswerFailedError(answer.error or "the engine could not finish the answer")

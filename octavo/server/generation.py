@@ -1,0 +1,324 @@
+"""One HTTP generation request on its way through the engine: ids, deadlines, one or many prompts, and its record.
+
+Chat and text completions differ in how prompts are made and answers are shown; what lies between is here. Knows
+nothing of JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+
+from octavo.errors import InvalidRequestError, OctavoError, QueueTimeoutError
+from octavo.frontend.input_processor import Prompt
+from octavo.outputs import RequestOutput
+from octavo.sampling_params import SamplingParams
+from octavo.server.deadline import Deadline
+from octavo.server.schemas.common import GenerationRequest
+from octavo.server.service import Engine, RequestRecord, Service, Ticket
+from octavo.utils.text import shorten
+
+logger = logging.getLogger(__name__)
+DEFAULT_TENANT = "default"
+CHARS_PER_TOKEN_GUESS = 4
+"""To reserve room for a text before it is tokenized."""
+_REQUEST_ID = re.compile(r"[ -~]{1,128}", re.ASCII)
+
+
+def base_request_id(request: Request, given: str | None) -> str:
+    """The client's id for its request: the header's, the body's, or one drawn."""
+    header = request.headers.get("x-request-id")
+    if header is not None and _REQUEST_ID.fullmatch(header):
+        return header
+    return given or uuid.uuid4().hex
+
+
+def tenant_of(request: Request) -> str:
+    """Whose request it is; the key check in front says so in the scope's state."""
+    state: Any = request.scope.get("state") or {}
+    return str(state.get("tenant", DEFAULT_TENANT))
+
+
+@dataclass(slots=True, kw_only=True)
+class Generation:
+    """What a route hands over: prompts that are ready for the engine, and how to answer them."""
+
+    service: Service
+    route: str
+    model: str
+    """Name to answer under."""
+    request_id: str
+    """As its client knows it, with the prefix of the route."""
+    tenant: str
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    """The same for all prompts."""
+    priority: int = 0
+    timeout_ms: int | None = None
+    max_queue_ms: int | None = None
+    received_s: float = field(default_factory=time.monotonic)
+    created_s: int = field(default_factory=lambda: int(time.time()))
+    _engine_ids: list[str] = field(default_factory=list[str])
+    _ticket: Ticket | None = None
+    _last: dict[int, RequestOutput] = field(default_factory=dict[int, RequestOutput])
+    _num_tokens: int = 0
+    _reasons: list[str] = field(default_factory=list[str])
+    _error: BaseException | None = None
+    _is_open: bool = False
+    _has_waited_too_long: bool = False
+
+    def admit(self) -> None:
+        """Take room and an id; ``close`` gives both back. Called before the first output is awaited.
+
+        Raises:
+            QueueFullError, NotReadyError: There is no room.
+        """
+        admission = self.service.admission
+        if admission is not None:
+            self._ticket = admission.reserve(
+                num_sequences=len(self.prompts) * self.params.n,
+                num_prompt_tokens=sum(map(_num_tokens_guess, self.prompts)),
+                tenant=self.tenant,
+            )
+        self.request_id, self._engine_ids = self.service.open_requests.open(
+            self.request_id, self.tenant, len(self.prompts)
+        )
+        self._is_open = True
+
+    def deadline(self) -> Deadline:
+        """Of this request, from now."""
+        return Deadline(self.timeout_ms)
+
+    async def collect(self) -> list[RequestOutput]:
+        """The last output of each prompt, in order.
+
+        Raises:
+            OctavoError: One of them was refused or failed; the others are aborted.
+        """
+        deadline = self.deadline()
+        finished: dict[int, RequestOutput] = {}
+        try:
+            async with deadline.scope(), aclosing(self.stream()) as outputs:
+                async for index, output in outputs:
+                    finished[index] = output
+        except TimeoutError:
+            raise deadline.error() from None
+        finally:
+            self.close()
+        return [finished[index] for index in range(len(self.prompts))]
+
+    async def stream(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """All outputs as they come, each with the index of its prompt."""
+        if not self._is_open:
+            self.admit()
+        engine = self.service.need_engine
+        source = self._one(engine, 0) if len(self.prompts) == 1 else self._merged(engine)
+        is_waiting = True
+        patience = self._limit_queueing(engine)
+        try:
+            async with aclosing(source) as outputs:
+                async for index, output in outputs:
+                    if is_waiting:
+                        is_waiting = False
+                        self._check_waited(output)
+                        if self._ticket is not None:
+                            self._ticket.started()
+                    self._note(index, output)
+                    yield index, output
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            if patience is not None:
+                patience.cancel()
+            self.close()
+
+    def _limit_queueing(self, engine: Engine) -> asyncio.Task[None] | None:
+        """Ends the request after ``max_queue_ms`` unless the engine has begun with it."""
+        if self.max_queue_ms is None:
+            return None
+
+        async def give_up(limit_s: float) -> None:
+            await asyncio.sleep(limit_s)
+            self._has_waited_too_long = True
+            await engine.abort(self._engine_ids, only_if_waiting=True)
+
+        return asyncio.create_task(give_up(self.max_queue_ms / 1000))
+
+    def _check_waited(self, output: RequestOutput) -> None:
+        reasons = {answer.finish_reason for answer in output.outputs}
+        if self._has_waited_too_long and reasons == {"abort"} and not any(each.token_ids for each in output.outputs):
+            raise QueueTimeoutError(
+                f"the request waited longer than max_queue_ms ({self.max_queue_ms} ms) for the engine to begin; try "
+                "again later, or allow more"
+            )
+
+    async def _one(self, engine: Engine, index: int) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        source = engine.generate(
+            self.prompts[index],
+            self.params,
+            self._engine_ids[index],
+            priority=self.priority,
+            tenant=self.tenant,
+        )
+        async with aclosing(source) as outputs:
+            async for output in outputs:
+                yield index, output
+
+    async def _merged(self, engine: Engine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """Several prompts at once. The queue holds one output per prompt at most, so that a slow reader's wait at the
+        engine, where they are joined."""
+        arrived: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
+        slots = [asyncio.Semaphore(1) for _ in self.prompts]
+
+        async def read(index: int) -> None:
+            try:
+                async with aclosing(self._one(engine, index)) as outputs:
+                    async for item in outputs:
+                        await slots[index].acquire()
+                        arrived.put_nowait(item)
+                arrived.put_nowait(None)
+            except Exception as error:  # told to the request's own task
+                arrived.put_nowait(error)
+
+        readers = [asyncio.create_task(read(index)) for index in range(len(self.prompts))]
+        num_running = len(readers)
+        try:
+            while num_running:
+                item = await arrived.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    num_running -= 1
+                    continue
+                slots[item[0]].release()
+                yield item
+        finally:
+            for reader in readers:
+                reader.cancel()
+            with suppress(asyncio.CancelledError):
+                await asyncio.gather(*readers, return_exceptions=True)
+
+    def _note(self, index: int, output: RequestOutput) -> None:
+        self._last[index] = output
+        for answer in output.outputs:
+            self._num_tokens += len(answer.token_ids)
+            if answer.finish_reason is not None:
+                self._reasons.append(answer.finish_reason)
+
+    def close(self) -> None:
+        """Give back what ``admit`` took, and tell the observers. May be called twice."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self.service.open_requests.close(self.request_id)
+        if self._ticket is not None:
+            self._ticket.close()
+        num_answers = len(self.prompts) * self.params.n
+        lasts = list(self._last.values())
+        record = RequestRecord(
+            request_id=self.request_id,
+            route=self.route,
+            model=self.model,
+            tenant=self.tenant,
+            num_prompt_tokens=sum(len(output.prompt_token_ids or ()) for output in lasts),
+            num_cached_tokens=sum(output.num_cached_tokens or 0 for output in lasts),
+            num_generation_tokens=self._num_tokens,
+            finish_reasons=(*self._reasons, *("abort",) * (num_answers - len(self._reasons))),
+            params=self.params,
+            stats=lasts[-1].metrics if lasts else None,
+            received_s=self.received_s,
+            finished_s=time.monotonic(),
+            error_code=_code_of(self._error),
+        )
+        for observer in self.service.observers:
+            observer.request_finished(record)
+
+
+def _code_of(error: BaseException | None) -> str | None:
+    if error is None:
+        return None
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return "client_gone"
+    return error.code if isinstance(error, OctavoError) else "internal_error"
+
+
+def _num_tokens_guess(prompt: Prompt) -> int:
+    if isinstance(prompt, str):
+        return len(prompt) // CHARS_PER_TOKEN_GUESS + 1
+    if isinstance(prompt, dict):
+        ids: Any = prompt.get("prompt_token_ids")
+        return len(ids) if ids is not None else _num_tokens_guess(prompt.get("prompt") or "")
+    return len(prompt)
+
+
+def check_stream_options(request: GenerationRequest) -> None:
+    """What a stream may and may not be asked for.
+
+    Raises:
+        InvalidRequestError: ``param`` names the field.
+    """
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequestError("stream_options is given, but stream is not true", param="stream_options")
+    if request.stream and request.prompt_logprobs is not None:
+        raise InvalidRequestError("prompt_logprobs cannot be streamed: set stream to false", param="prompt_logprobs")
+
+
+def check_priority(service: Service, priority: int | None) -> int:
+    """The priority to run under.
+
+    Raises:
+        InvalidRequestError: It would change nothing under the present policy.
+    """
+    policy = service.need_engine.ready.config.scheduler.policy
+    if priority and policy == "fcfs":
+        raise InvalidRequestError(
+            f"priority is {priority}, but requests run in the order of their arrival: start the server with "
+            "--scheduling-policy priority",
+            param="priority",
+        )
+    return priority or 0
+
+
+def logit_bias_of(given: dict[str, float] | None) -> dict[int, float] | None:
+    """JSON's keys as the token ids that they are.
+
+    Raises:
+        InvalidRequestError: One is none, or a bias is out of bounds.
+    """
+    if not given:
+        return None
+    biases: dict[int, float] = {}
+    for key, bias in given.items():
+        if not key.isascii() or not key.isdigit() or len(key) > 10:
+            raise InvalidRequestError(
+                f"logit_bias has the key {shorten(key, 40)!r}, but keys must be token ids", param="logit_bias"
+            )
+        if not -100 <= bias <= 100:
+            raise InvalidRequestError(
+                f"logit_bias of token {key} is {bias:g}, but must be from -100 to 100", param="logit_bias"
+            )
+        biases[int(key)] = bias
+    return biases
+
+
+def log_request(service: Service, request_id: str, request: GenerationRequest, prompts: Sequence[Prompt]) -> None:
+    """A line about a request, where the user wants them. Control characters are escaped by repr."""
+    if not service.config.enable_log_requests:
+        return
+    limit = service.config.max_log_len
+    texts: list[str] = []
+    for prompt in prompts:
+        shown: Any = prompt.get("prompt") or prompt.get("prompt_token_ids") if isinstance(prompt, dict) else prompt
+        texts.append(repr(shown if limit is None else shown[:limit]))
+    rest = request.model_dump(exclude_none=True, exclude={"prompt", "messages"})
+    logger.info("Received request %s: %r, prompts: %s", request_id, rest, "; ".join(texts))
