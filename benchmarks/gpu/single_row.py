@@ -113,22 +113,25 @@ def planned(early: int | None, outputs: int, warps: int = 4) -> Callable[[torch.
     return choose
 
 
+def measure(name: str, shape: tuple[int, int, int, int, int]) -> None:
+    blocks = make(*shape)
+    residual = torch.randn(1, shape[1], device="cuda", dtype=torch.bfloat16)
+    size = sum(2 * each.numel() for block in blocks for each in (block.qkv, block.out, block.gate_up, block.down))
+    variants: dict[str, Callable[[], None]] = {"parts": lambda: parts(blocks, residual)}
+    for early in (None, 0, 1, 2):
+        for outputs in (0, 2, 4, 8) if early is not None else (0,):
+            for warps in (4, 8) if outputs == 8 else (4,):
+                label = f"fused, early {early}, outputs {outputs or 'as planned'}, warps {warps}"
+                choose = planned(early, outputs, warps)
+                variants[label] = lambda choose=choose: fused(blocks, residual, choose)
+    for label, run in variants.items():
+        took = time_us(run)
+        print(f"{name} {label:>46}: {took / shape[0]:7.2f} us a layer, {size / took / 1e3:6.0f} GB/s", flush=True)
+
+
 def main() -> None:
     for name, shape in SHAPES.items():
-        blocks = make(*shape)
-        residual = torch.randn(1, shape[1], device="cuda", dtype=torch.bfloat16)
-        size = sum(2 * each.numel() for block in blocks for each in (block.qkv, block.out, block.gate_up, block.down))
-        variants: dict[str, Callable[[], None]] = {"parts": lambda: parts(blocks, residual)}
-        for early in (None, 0, 1, 2):
-            for outputs in (0, 2, 4, 8) if early is not None else (0,):
-                for warps in (4, 8) if outputs == 8 else (4,):
-                    label = f"fused, early {early}, outputs {outputs or 'as planned'}, warps {warps}"
-                    choose = planned(early, outputs, warps)
-                    variants[label] = lambda choose=choose: fused(blocks, residual, choose)
-        for label, run in variants.items():
-            took = time_us(run)
-            print(f"{name} {label:>46}: {took / shape[0]:7.2f} us a layer, {size / took / 1e3:6.0f} GB/s", flush=True)
-        del blocks
+        measure(name, shape)
 
 
 if __name__ == "__main__":
