@@ -56,19 +56,27 @@ def make(layers: int, hidden: int, qkv: int, mixed: int, inner: int) -> list[Blo
     ]
 
 
-def parts(blocks: list[Block], residual: torch.Tensor) -> None:
+def parts(blocks: list[Block], residual: torch.Tensor, choose: Callable[[torch.Tensor], SkinnyPlan]) -> None:
+    """Every step a kernel of its own."""
     delta = torch.zeros_like(residual)
     for block in blocks:
         x = add_rms_norm(residual, delta, block.norms[0], EPS)
-        mixed = plain(x, block.qkv)[:, : block.out.shape[1]]
-        x = add_rms_norm(residual, plain(mixed, block.out), block.norms[1], EPS)
-        delta = plain(silu_and_mul(plain(x, block.gate_up)), block.down)
+        mixed = linear(x, block.qkv, None, choose(block.qkv))[:, : block.out.shape[1]]
+        x = add_rms_norm(residual, linear(mixed, block.out, None, choose(block.out)), block.norms[1], EPS)
+        gate_up = linear(x, block.gate_up, None, choose(block.gate_up))
+        delta = linear(silu_and_mul(gate_up), block.down, None, choose(block.down))
 
 
-def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    plan = choose_plan(1, *weight.shape)
-    assert plan is not None
-    return linear(x, weight, None, plan)
+def gated(blocks: list[Block], residual: torch.Tensor, choose: Callable[[torch.Tensor], SkinnyPlan]) -> None:
+    """The activation is part of the down projection."""
+    delta = torch.zeros_like(residual)
+    for block in blocks:
+        x = add_rms_norm(residual, delta, block.norms[0], EPS)
+        mixed = linear(x, block.qkv, None, choose(block.qkv))[:, : block.out.shape[1]]
+        x = add_rms_norm(residual, linear(mixed, block.out, None, choose(block.out)), block.norms[1], EPS)
+        gate_up = linear(x, block.gate_up, None, choose(block.gate_up))
+        delta = torch.empty_like(residual)
+        multiply_row(gate_up, block.down, None, delta, choose(block.down), gate=int(Gate.SILU))
 
 
 def fused(blocks: list[Block], residual: torch.Tensor, choose: Callable[[torch.Tensor], SkinnyPlan]) -> None:
@@ -117,13 +125,14 @@ def measure(name: str, shape: tuple[int, int, int, int, int]) -> None:
     blocks = make(*shape)
     residual = torch.randn(1, shape[1], device="cuda", dtype=torch.bfloat16)
     size = sum(2 * each.numel() for block in blocks for each in (block.qkv, block.out, block.gate_up, block.down))
-    variants: dict[str, Callable[[], None]] = {"parts": lambda: parts(blocks, residual)}
-    for early in (None, 0, 1, 2):
-        for outputs in (0, 2, 4, 8) if early is not None else (0,):
-            for warps in (4, 8) if outputs == 8 else (4,):
-                label = f"fused, early {early}, outputs {outputs or 'as planned'}, warps {warps}"
-                choose = planned(early, outputs, warps)
-                variants[label] = lambda choose=choose: fused(blocks, residual, choose)
+    variants: dict[str, Callable[[], None]] = {}
+    for way in (parts, gated, fused):
+        for early in (None, 0, 1, 2):
+            for outputs in (4, 8, 16) if early is not None else (0,):
+                for warps in (4, 8) if outputs == 16 else (4,):
+                    label = f"{way.__name__}, early {early}, outputs {outputs or 'as planned'}, warps {warps}"
+                    choose = planned(early, outputs, warps)
+                    variants[label] = lambda way=way, choose=choose: way(blocks, residual, choose)
     for label, run in variants.items():
         took = time_us(run)
         print(f"{name} {label:>46}: {took / shape[0]:7.2f} us a layer, {size / took / 1e3:6.0f} GB/s", flush=True)

@@ -1,9 +1,8 @@
-"""Paged decode attention: one query a request, its history cut into equal parts, parts combined, in one launch.
+"""Paged decode attention: one query a request, its history cut into equal parts, parts combined.
 
 The parts are chosen on the device from the true lengths (``make_work_list``), once a step for all layers, so that a
 captured graph serves any mixture of lengths. A program handles one part and one KV head with all its query heads as
-rows; whichever program of a request and KV head comes last combines the parts, in order.
-Papers: Dao et al., "Flash-Decoding", 2023; Kwon et al., SOSP 2023. Measured choices: docs/log.md.
+rows. Papers: Dao et al., "Flash-Decoding", 2023; Kwon et al., SOSP 2023. Measured choices: docs/log.md.
 """
 
 from __future__ import annotations
@@ -45,18 +44,17 @@ class WorkList:
     """[B] int32, where a request's partial results begin."""
     num_parts: Tensor
     """[B] int32; 0 = not a decode, 1 = written directly."""
-    arrivals: Tensor
-    """[B, G] int32, 0 between two layers: programs that have left their part."""
+    split: Tensor
+    """[S, 2] int32: request and query token of those in more than one part, -1 behind the last."""
     max_items: int
     tile: int
     """Key tokens a program loads at a time; parts begin at its multiples."""
 
 
-@triton.jit(do_not_specialize=["num_reqs", "target_items"])
+@triton.jit(do_not_specialize=["num_reqs", "target_items", "max_split"])
 def _work_list(
-    query_start_loc, seq_lens, items, num_items, first_slot, num_parts, arrivals, num_reqs, target_items,
-    G: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr, MIN_PART: tl.constexpr, FIELDS: tl.constexpr,
-    B_PAD: tl.constexpr,
+    query_start_loc, seq_lens, items, num_items, first_slot, num_parts, split, num_reqs, target_items, max_split,
+    WINDOW: tl.constexpr, TILE: tl.constexpr, MIN_PART: tl.constexpr, FIELDS: tl.constexpr, B_PAD: tl.constexpr,
 ):  # fmt: skip
     index = tl.arange(0, B_PAD)
     is_real = index < num_reqs
@@ -75,12 +73,18 @@ def _work_list(
     parts = tl.where(is_decode, (keys + part_len - 1) // tl.maximum(part_len, 1), 0)
     item_end = tl.cumsum(parts, 0)
     item = item_end - parts
-    split = tl.where(parts > 1, parts, 0)
-    slot = tl.cumsum(split, 0) - split
+    slots = tl.where(parts > 1, parts, 0)
+    slot = tl.cumsum(slots, 0) - slots
+    is_split = (parts > 1).to(tl.int32)
+    place = tl.cumsum(is_split, 0) - is_split
+    tl.store(split + place * 2, index, mask=parts > 1)
+    tl.store(split + place * 2 + 1, start, mask=parts > 1)
+    num_split = tl.sum(is_split, 0)
+    for low in range(num_split, max_split, 128):
+        rest = low + tl.arange(0, 128)
+        tl.store(split + rest * 2, tl.full([128], -1, tl.int32), mask=rest < max_split)
     tl.store(num_parts + index, parts, mask=is_real)
     tl.store(first_slot + index, slot, mask=is_real)
-    for head in tl.static_range(G):
-        tl.store(arrivals + index * G + head, 0, mask=is_real)
     tl.store(num_items, tl.sum(parts, 0))
     for p in range(tl.max(parts, 0)):
         mask = p < parts
@@ -113,32 +117,35 @@ def make_work_list(
     num_reqs = len(seq_lens)
     target = max(1, PROGRAMS_PER_SM * num_sms // num_kv_heads)
     max_items = 2 * num_reqs + target + 1
+    # A request is cut only where it has more than 1.5 parts' keys, and all keys are at most ``target`` parts.
+    max_split = min(num_reqs, target)
     device = seq_lens.device
     work = WorkList(
         items=torch.empty((max_items, ITEM_FIELDS), dtype=torch.int32, device=device),
         num_items=torch.empty(1, dtype=torch.int32, device=device),
         first_slot=torch.empty(num_reqs, dtype=torch.int32, device=device),
         num_parts=torch.empty(num_reqs, dtype=torch.int32, device=device),
-        arrivals=torch.empty((num_reqs, num_kv_heads), dtype=torch.int32, device=device),
+        split=torch.empty((max_split, 2), dtype=torch.int32, device=device),
         max_items=max_items,
         tile=tile,
     )
     b_pad = max(16, triton.next_power_of_2(num_reqs))
     _work_list[(1,)](
-        query_start_loc, seq_lens, work.items, work.num_items, work.first_slot, work.num_parts, work.arrivals,
-        num_reqs, target, num_kv_heads, window or 0, tile, MIN_PART_TOKENS, ITEM_FIELDS, b_pad, num_warps=4,
+        query_start_loc, seq_lens, work.items, work.num_items, work.first_slot, work.num_parts, work.split,
+        num_reqs, target, max_split, window or 0, tile, MIN_PART_TOKENS, ITEM_FIELDS, b_pad, num_warps=4,
     )  # fmt: skip
     return work
 
 
 @triton.jit
 def _decode(
-    q, cache, descriptor, block_table, items, num_items, first_slot, num_parts, arrivals, out, partial,
-    partial_lse, sinks, scale, softcap, q_stride_t, q_stride_h, out_stride_t, out_stride_h, table_stride, stride_block,
-    stride_kv, stride_head,
+    q, cache, descriptor, block_table, items, num_items, out, partial, partial_lse, sinks,
+    scale, softcap, q_stride_t, q_stride_h, out_stride_t, out_stride_h, table_stride, stride_block, stride_kv,
+    stride_head,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FIELDS: tl.constexpr, PDL: tl.constexpr,
+    HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FIELDS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -203,49 +210,47 @@ def _decode(
         row = slot.to(tl.int64) * (G * GROUP) + heads
         tl.store(partial + row[:, None] * D + offs_d[None, :], result, mask=q_mask)
         tl.store(partial_lse + row[:, None], m + tl.log2(total), mask=(rows < GROUP)[:, None])
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + request * G + kv_head, 1, sem="acq_rel")
-        parts = tl.load(num_parts + request)
-        if arrived == parts - 1:
-            tl.debug_barrier()
-            base = tl.load(first_slot + request).to(tl.int64)
-            for i in tl.static_range(GROUP):
-                head = kv_head * GROUP + i
-                to = out + token * out_stride_t + head * out_stride_h
-                _combine(partial, partial_lse, base, parts, head, to, sinks, G * GROUP, D, D_PAD, 16, HAS_SINKS)
-            tl.store(arrivals + request * G + kv_head, 0)
 
 
 @triton.jit
 def _combine(
-    partial, partial_lse, base, parts, head, out, sinks, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PARTS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    partial, partial_lse, first_slot, num_parts, split, out, sinks, out_stride_t, out_stride_h,
+    H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PARTS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write one head's ``parts`` partial results as one."""
-    offs_d = tl.arange(0, D_PAD)
-    m = tl.full([1], MASKED, tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([D_PAD], tl.float32)
-    for start in range(0, parts, PARTS):
-        index = start + tl.arange(0, PARTS)
-        row = (base + index) * H + head
-        # Other programs wrote these: never from this multiprocessor's own cache.
-        lse = tl.load(partial_lse + row, mask=index < parts, other=MASKED, cache_modifier=".cg")
-        m_new = tl.maximum(m, tl.max(lse, 0))
-        weight = tl.exp2(lse - m_new)
-        shrink = tl.exp2(m - m_new)
-        values = tl.load(
-            partial + row[:, None] * D + offs_d[None, :],
-            mask=(index < parts)[:, None] & (offs_d < D)[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        acc = acc * shrink + tl.sum(values * weight[:, None], 0)
-        total = total * shrink + tl.sum(weight, 0)
-        m = m_new
-    if HAS_SINKS:
-        total, acc = add_sink(m, total, acc, tl.load(sinks + head))
-    tl.store(out + offs_d, (acc / total).to(out.dtype.element_ty), mask=offs_d < D)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    entry = split + tl.program_id(0) * 2
+    request = tl.load(entry)
+    token = tl.load(entry + 1).to(tl.int64)
+    head = tl.program_id(1)
+    if request >= 0:
+        parts = tl.load(num_parts + request)
+        base = tl.load(first_slot + request).to(tl.int64)
+        offs_d = tl.arange(0, D_PAD)
+        m = tl.full([1], MASKED, tl.float32)
+        total = tl.zeros([1], tl.float32)
+        acc = tl.zeros([D_PAD], tl.float32)
+        for start in range(0, parts, PARTS):
+            index = start + tl.arange(0, PARTS)
+            row = (base + index) * H + head
+            lse = tl.load(partial_lse + row, mask=index < parts, other=MASKED)
+            m_new = tl.maximum(m, tl.max(lse, 0))
+            weight = tl.exp2(lse - m_new)
+            shrink = tl.exp2(m - m_new)
+            values = tl.load(
+                partial + row[:, None] * D + offs_d[None, :],
+                mask=(index < parts)[:, None] & (offs_d < D)[None, :],
+                other=0.0,
+            )
+            acc = acc * shrink + tl.sum(values * weight[:, None], 0)
+            total = total * shrink + tl.sum(weight, 0)
+            m = m_new
+        if HAS_SINKS:
+            total, acc = add_sink(m, total, acc, tl.load(sinks + head))
+        at = out + token * out_stride_t + head * out_stride_h + offs_d
+        tl.store(at, (acc / total).to(out.dtype.element_ty), mask=offs_d < D)
 
 
 def decode_attention(
@@ -265,7 +270,7 @@ def decode_attention(
         softcap: Bound of the scores.
         sinks: ``[H]``: a score of each head that takes part in the softmax and has no value.
 
-    Cost: one launch; reads each key and value once. Reference: ``paged_attention_ref`` in ``reference.py``.
+    Cost: two launches; reads each key and value once. Reference: ``paged_attention_ref`` in ``reference.py``.
     """
     num_heads, size = q_THD.shape[1:]
     kv_heads, page = cache_NKGPD.shape[2], cache_NKGPD.shape[3]
@@ -279,12 +284,17 @@ def decode_attention(
     num_warps, stages = _settings(tile, size, is_half)
     _decode[(work.max_items * kv_heads,)](
         q_THD, cache_NKGPD, make_descriptor(cache_NKGPD, tile) if use_tma else cache_NKGPD, block_table, work.items,
-        work.num_items, work.first_slot, work.num_parts, work.arrivals, out_THD, partial, partial_lse,
-        out_THD if sinks is None else sinks, scale, softcap or 0.0, q_THD.stride(0), q_THD.stride(1),
-        out_THD.stride(0), out_THD.stride(1), block_table.stride(0), *cache_NKGPD.stride()[:3],
+        work.num_items, out_THD, partial, partial_lse, out_THD if sinks is None else sinks, scale, softcap or 0.0,
+        q_THD.stride(0), q_THD.stride(1), out_THD.stride(0), out_THD.stride(1), block_table.stride(0),
+        *cache_NKGPD.stride()[:3],
         kv_heads, group, max(16, triton.next_power_of_2(group)), size, d_pad, page, tile, use_tma, window or 0,
         softcap is not None, sinks is not None, "tf32" if is_half else "ieee", stages, ITEM_FIELDS, has_pdl(),
         num_warps=num_warps, **launch_options(),
+    )  # fmt: skip
+    _combine[(len(work.split), num_heads)](
+        partial, partial_lse, work.first_slot, work.num_parts, work.split, out_THD,
+        out_THD if sinks is None else sinks, out_THD.stride(0), out_THD.stride(1), num_heads, size, d_pad, 16,
+        sinks is not None, has_pdl(), num_warps=1, **launch_options(),
     )  # fmt: skip
 
 
