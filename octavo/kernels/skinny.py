@@ -24,9 +24,6 @@ class SkinnyPlan(NamedTuple):
     """Programs that share the columns of a tile."""
     num_warps: int
     stages: int
-    early: int
-    """0: nothing is loaded before the kernel ahead is done; 1: the first weights, and later ones a tile ahead; 2: the
-    first weights only. One row alone."""
 
 
 @functools.cache
@@ -40,7 +37,7 @@ def choose_plan(rows: int, outputs: int, columns: int) -> SkinnyPlan | None:
         return None
     block_rows = 16 if rows <= 16 else 32
     if outputs >= 16384 and outputs % 128 == 0 and columns >= 2048 or outputs >= 65536 and outputs % 128 == 0:
-        return SkinnyPlan(block_rows, 128, 128, 1, 8, 4, 0)
+        return SkinnyPlan(block_rows, 128, 128, 1, 8, 4)
     if outputs <= 2048:
         split = 4
     elif outputs <= 4096 and columns >= 4096:
@@ -49,15 +46,15 @@ def choose_plan(rows: int, outputs: int, columns: int) -> SkinnyPlan | None:
         split = 1
     while columns < 256 * split:
         split //= 2
-    return SkinnyPlan(block_rows, 64, 128, max(split, 1), 4, 5, 0)
+    return SkinnyPlan(block_rows, 64, 128, max(split, 1), 4, 5)
 
 
 def _one_row(outputs: int, columns: int) -> SkinnyPlan | None:
     block_columns = 1024
     while block_columns > columns or columns % block_columns:
         block_columns //= 2
-    block_outputs = (2 if outputs <= 1024 else 4) * (1024 // block_columns if block_columns else 1)
+    is_large = outputs * columns > 20_000_000
+    block_outputs = (16 if is_large else 4) * (1024 // block_columns if block_columns else 1)
     if block_columns < 128 or outputs % block_outputs:
         return None
-    early = 1 if outputs * columns <= 20_000_000 else 0
-    return SkinnyPlan(1, block_outputs, block_columns, 1, 4, 1, early)
+    return SkinnyPlan(1, block_outputs, block_columns, 1, 8 if is_large else 4, 1)

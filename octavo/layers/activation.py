@@ -10,7 +10,6 @@ from torch import Tensor
 
 from octavo.errors import ConfigError
 from octavo.kernels.activation import gelu_and_mul, gelu_tanh_and_mul, relu_and_mul, silu_and_mul
-from octavo.kernels.linear import Gate
 
 _gelu_tanh: Callable[[Tensor], Tensor] = functools.partial(F.gelu, approximate="tanh")
 
@@ -22,10 +21,6 @@ _GATED: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu_and_mul,
     "relu": relu_and_mul,
 }
-GATES: Mapping[str, Gate] = {
-    "silu": Gate.SILU, "swish": Gate.SILU, "gelu_pytorch_tanh": Gate.GELU_TANH, "gelu_new": Gate.GELU_TANH,
-}  # fmt: skip
-"""Gated activations that ``Linear.forward_row`` knows."""
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,

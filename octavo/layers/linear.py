@@ -9,9 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from octavo.kernels.linear import Gate, apply_gate, has_row_kernel, row_linear
 from octavo.layers.context import LayerContext
-from octavo.layers.norm import RMSNorm
 from octavo.layers.parameter import Layer, Parameter
 from octavo.quantization.method import LinearShape
 
@@ -52,33 +50,6 @@ class Linear(Layer):
     def forward(self, x: Tensor) -> Tensor:
         """``[T, in] -> [T, out]``."""
         return self._method.apply(self.shape, self._weights, x, self._bias)
-
-    def has_row_kernel(self, x: Tensor) -> bool:
-        """Whether ``forward_row`` of ``x`` is one launch."""
-        plain = getattr(self._method, "plain_weight", None)
-        return plain is not None and has_row_kernel(x, plain(self._weights))
-
-    def forward_row(
-        self, x: Tensor, *, norm: RMSNorm | None = None, gate: Gate = Gate.NONE, add_to: Tensor | None = None
-    ) -> Tensor:
-        """One row through a norm or a gated activation, this layer, and the addition to the residual stream.
-
-        Args:
-            x: ``[1, in]``, or ``[1, 2 in]`` with a gate.
-            norm: Of the whole row, before the product.
-            gate: Activation of the first half times the second, before the product.
-            add_to: ``[1, out]``; written.
-
-        Returns:
-            ``[1, out]``: the product, or ``add_to``.
-        """
-        if self.has_row_kernel(x):
-            weight: Tensor = getattr(self._method, "plain_weight")(self._weights)  # noqa: B009 - not of the Protocol
-            scale = None if norm is None else (norm.scale, norm.eps)
-            return row_linear(x, weight, self._bias, norm=scale, gate=gate, add_to=add_to)
-        x = x if norm is None else norm.forward(x)
-        y = self.forward(apply_gate(x, gate))
-        return y if add_to is None else add_to.add_(y)
 
     def _allocate(self) -> Tensor:
         self._loading = self._method.create_weights(self.shape)

@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.config.model import ModelConfig, RopeConfig
 from octavo.errors import ConfigError
-from octavo.layers.activation import GATES, activation, gated_activation
+from octavo.layers.activation import activation, gated_activation
 from octavo.layers.attention import Attention
 from octavo.layers.context import LayerContext
 from octavo.layers.embedding import Embedding
@@ -155,16 +155,6 @@ class SelfAttention(Layer):
             k.copy_(self._wide_norms[1].forward(k))
         return self.o_proj.forward(self.attention.forward(qkv, rotations, batch, self._head_norms))
 
-    def forward_row(self, residual: Tensor, norm: RMSNorm, rotations: Rotations, batch: ForwardBatch) -> None:
-        """``residual [1, E] += forward(norm(residual))``, in four launches where kernels for that exist."""
-        qkv = self.qkv_proj.forward_row(residual, norm=norm)
-        mixed = self.attention.forward(qkv, rotations, batch, self._head_norms)
-        self.o_proj.forward_row(mixed, add_to=residual)
-
-    def takes_row(self, residual: Tensor) -> bool:
-        """Whether ``forward_row`` is the faster way."""
-        return self._wide_norms is None and self.qkv_proj.has_row_kernel(residual)
-
 
 def _head_norm(options: DecoderOptions, context: LayerContext, size: int, eps: float, order: Tensor) -> RMSNorm:
     norm = options.norm(context, size, eps)
@@ -182,18 +172,10 @@ class GatedMLP(Layer):
         self.gate_up_proj = Linear(context, config.hidden_size, {"gate": size, "up": size}, bias=options.mlp_bias)
         self.down_proj = Linear(context, size, config.hidden_size, bias=options.mlp_bias)
         self._activation = gated_activation(config.hidden_act)
-        self.gate = GATES.get(config.hidden_act)
-        """The activation where a row can go through it on its way into the product."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, E] -> [T, E]``."""
         return self.down_proj.forward(self._activation(self.gate_up_proj.forward(x)))
-
-    def forward_row(self, residual: Tensor, norm: RMSNorm) -> None:
-        """``residual [1, E] += forward(norm(residual))``, in two launches where kernels for that exist."""
-        assert self.gate is not None
-        gate_up = self.gate_up_proj.forward_row(residual, norm=norm)
-        self.down_proj.forward_row(gate_up, gate=self.gate, add_to=residual)
 
 
 class PlainMLP(Layer):
@@ -228,7 +210,6 @@ class DecoderLayer(Layer):
         self._mlp_output = self._norm(config, options, context, options.norms.mlp_output)
         self._scale = config.residual_scale
         self._is_parallel = options.is_parallel
-        self._norms = options.norms
 
     def _norm(
         self, config: ModelConfig, options: DecoderOptions, context: LayerContext, name: str | None
@@ -239,9 +220,7 @@ class DecoderLayer(Layer):
         setattr(self, name, norm)  # the checkpoint's name
         return norm
 
-    def forward(
-        self, residual: Tensor, delta: Tensor | None, rotations: Rotations, batch: ForwardBatch
-    ) -> Tensor | None:
+    def forward(self, residual: Tensor, delta: Tensor | None, rotations: Rotations, batch: ForwardBatch) -> Tensor:
         """One layer on the stream ``residual + delta``, both ``[T, E]``; what is not added yet is handed on, so that
         each addition is one pass with the norm behind it.
 
@@ -252,10 +231,8 @@ class DecoderLayer(Layer):
             batch: The step.
 
         Returns:
-            What this layer's feed-forward contributes and is not added to ``residual`` yet; None for nothing.
+            What this layer's feed-forward contributes, not added to ``residual`` yet.
         """
-        if self._takes_row(residual):
-            return self._forward_row(residual, delta, rotations, batch)
         x = _add(self._attention_input, residual, delta)
         mixed = self.self_attn.forward(x, rotations, batch)
         if self._is_parallel:
@@ -267,29 +244,6 @@ class DecoderLayer(Layer):
         if self._mlp_output is not None:
             fed = self._mlp_output.forward(fed)
         return self._scaled(fed)
-
-    def _takes_row(self, residual: Tensor) -> bool:
-        """A single row through a block of the usual form: its norms and sums are parts of the products' kernels."""
-        return (
-            len(residual) == 1
-            and self._norms is NORMS_BEFORE
-            and self._scale == 1.0
-            and not self._is_parallel
-            and isinstance(self.self_attn, SelfAttention)
-            and isinstance(self._mlp, GatedMLP)
-            and self._mlp.gate is not None
-            and isinstance(self._attention_input, RMSNorm)
-            and self._attention_input.scale.dtype is residual.dtype
-            and self.self_attn.takes_row(residual)
-        )
-
-    def _forward_row(self, residual: Tensor, delta: Tensor | None, rotations: Rotations, batch: ForwardBatch) -> None:
-        assert isinstance(self.self_attn, SelfAttention) and isinstance(self._mlp, GatedMLP)
-        assert isinstance(self._attention_input, RMSNorm) and isinstance(self._mlp_input, RMSNorm)
-        if delta is not None:
-            residual.add_(delta)
-        self.self_attn.forward_row(residual, self._attention_input, rotations, batch)
-        self._mlp.forward_row(residual, self._mlp_input)
 
     def _scaled(self, delta: Tensor) -> Tensor:
         return delta if self._scale == 1.0 else delta.mul_(self._scale)

@@ -80,8 +80,8 @@ def _work_list(
     tl.store(split + place * 2, index, mask=parts > 1)
     tl.store(split + place * 2 + 1, start, mask=parts > 1)
     num_split = tl.sum(is_split, 0)
-    for low in range(num_split, max_split, 128):
-        rest = low + tl.arange(0, 128)
+    for behind in range(num_split, max_split, 128):
+        rest = behind + tl.arange(0, 128)
         tl.store(split + rest * 2, tl.full([128], -1, tl.int32), mask=rest < max_split)
     tl.store(num_parts + index, parts, mask=is_real)
     tl.store(first_slot + index, slot, mask=is_real)

@@ -21,68 +21,24 @@ _MAX_TILES = 4096
 
 
 @triton.jit
-def _input(x, norm_weight, columns, K, scale, INPUT: tl.constexpr):
-    """Some columns of the row that is multiplied, as float32: ``x`` itself, its norm, or its gated halves."""
-    dtype = x.dtype.element_ty
-    value = tl.load(x + columns).to(tl.float32)
-    # Rounded wherever the kernels that do these steps one by one round.
-    if INPUT == 1:
-        value = (value * scale).to(dtype).to(tl.float32) * tl.load(norm_weight + columns).to(tl.float32)
-        value = value.to(dtype).to(tl.float32)
-    if INPUT >= 2:
-        if INPUT == 3:
-            value = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
-        else:
-            value = value * tl.sigmoid(value)
-        value = value.to(dtype).to(tl.float32) * tl.load(x + K + columns).to(tl.float32)
-        value = value.to(dtype).to(tl.float32)
-    return value
-
-
-@triton.jit
 def _gemv(
-    x, weight, bias, norm_weight, out, K, eps,
-    BN: tl.constexpr, BK: tl.constexpr, K_PAD: tl.constexpr, HAS_BIAS: tl.constexpr, INPUT: tl.constexpr,
-    ADD: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    x, weight, bias, out, K, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row. Early: the first weights are requested before the row is there; 1: and later ones a tile ahead.
-
-    With ADD the product is added to ``out``, every element of which is one program's alone.
-    """
+    """One row. The first weights are requested before the row is there."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     columns = tl.arange(0, BK)
     at = weight + rows[:, None] * K + columns[None, :]
-    if PDL and EARLY > 0:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    if EARLY > 0:
-        w = tl.load(at)
+    w = tl.load(at)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    scale = 1.0
-    if INPUT == 1:
-        every = tl.arange(0, K_PAD)
-        whole = tl.load(x + every, mask=every < K, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(whole * whole, 0) / K + eps)
-    acc = tl.zeros([BN, BK], tl.float32)
-    if EARLY == 1:
-        for k in tl.range(0, K, BK):
-            ahead = tl.load(at + k + BK, mask=(k + BK + columns)[None, :] < K, other=0.0)
-            acc += w.to(tl.float32) * _input(x, norm_weight, k + columns, K, scale, INPUT)[None, :]
-            w = ahead
-    else:
-        start = 0
-        if EARLY == 2:
-            acc += w.to(tl.float32) * _input(x, norm_weight, columns, K, scale, INPUT)[None, :]
-            start = BK
-        for k in tl.range(start, K, BK, num_stages=1):
-            acc += tl.load(at + k).to(tl.float32) * _input(x, norm_weight, k + columns, K, scale, INPUT)[None, :]
-    if PDL and EARLY == 0:
-        tl.extra.cuda.gdc_launch_dependents()
+    acc = w.to(tl.float32) * tl.load(x + columns).to(tl.float32)[None, :]
+    for k in tl.range(BK, K, BK, num_stages=1):
+        acc += tl.load(at + k).to(tl.float32) * tl.load(x + k + columns).to(tl.float32)[None, :]
     y = tl.sum(acc, 1)
     if HAS_BIAS:
         y += tl.load(bias + rows).to(tl.float32)
-    if ADD:
-        y = y.to(out.dtype.element_ty).to(tl.float32) + tl.load(out + rows).to(tl.float32)
     tl.store(out + rows, y.to(out.dtype.element_ty))
 
 
@@ -148,11 +104,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan) -> 
     rows, columns = x.shape
     outputs = weight.shape[0]
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    if plan.block_rows == 1:
-        multiply_row(x, weight, bias, out, plan)
-        return out
     shift = out if bias is None else bias
     options = launch_options()
+    if plan.block_rows == 1:
+        _gemv[(outputs // plan.block_outputs,)](
+            x, weight, shift, out, columns, plan.block_outputs, plan.block_columns, bias is not None,
+            has_pdl(), num_warps=plan.num_warps, **options,
+        )  # fmt: skip
+        return out
     tiles = outputs // plan.block_outputs
     if plan.split > 1:
         partial = torch.empty((plan.split, plan.block_rows, outputs), dtype=torch.float32, device=x.device)
@@ -165,18 +124,3 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan) -> 
         "tf32" if x.element_size() == 2 else "ieee", has_pdl(), num_warps=plan.num_warps, **options,
     )  # fmt: skip
     return out
-
-
-def multiply_row(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, plan: SkinnyPlan, *,
-    norm: tuple[Tensor, float] | None = None, gate: int = 0, adds: bool = False,
-) -> None:  # fmt: skip
-    """One row's product into ``out [1, N]``; see ``kernels.linear.row_linear``. One launch."""
-    columns = weight.shape[1]
-    norm_weight, eps = norm or (x, 0.0)
-    _gemv[(weight.shape[0] // plan.block_outputs,)](
-        x, weight, out if bias is None else bias, norm_weight, out, columns, eps,
-        plan.block_outputs, plan.block_columns, triton.next_power_of_2(columns), bias is not None,
-        1 if norm is not None else (0, 2, 3)[gate], adds, plan.early, has_pdl(), num_warps=plan.num_warps,
-        **launch_options(),
-    )  # fmt: skip
