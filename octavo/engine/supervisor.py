@@ -69,6 +69,8 @@ class SupervisorOptions:
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     watch: WatchSettings = field(default_factory=WatchSettings)
     log_stats: bool = False
+    on_phase: Callable[[str], None] | None = None
+    """Called, from another thread, with what an engine that starts does now, in words."""
     on_ready: Callable[[], None] | None = None
     """Called once, from another thread, when the first engine takes requests."""
     on_failed: Callable[[OctavoError], None] | None = None
@@ -104,7 +106,7 @@ class EngineSupervisor:
         cls, args: EngineArgs, options: SupervisorOptions | None = None, *, build: str = BUILD
     ) -> EngineSupervisor:
         """A supervisor of an engine in a child process; not started yet."""
-        return cls(lambda listener: launch_engine(args, False, None, build, listener), options)
+        return cls(launcher(args, build), options)
 
     def start(self) -> None:
         """Begin to start the engine, in the background. Once."""
@@ -351,6 +353,8 @@ class EngineSupervisor:
     def _launch_and_tell(self, listener: LaunchListener) -> EngineClient:
         def note_phase(phase: str) -> None:
             self._phase = phase
+            if self._options.on_phase is not None:
+                self._options.on_phase(phase)
 
         return self._launch(LaunchListener(listener.on_starting, note_phase, listener.on_process))
 
@@ -364,3 +368,13 @@ class EngineSupervisor:
         self._failure = error
         if self._options.on_failed is not None:
             self._options.on_failed(error)
+
+
+def launcher(args: EngineArgs, build: str = BUILD) -> Launch:
+    """What starts an engine in a child process, again and again.
+
+    Args:
+        args: What the user asked for.
+        build: See ``launch_engine``.
+    """
+    return lambda listener: launch_engine(args, False, None, build, listener)
