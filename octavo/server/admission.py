@@ -137,7 +137,7 @@ class Admission:
         ticket = _current.get()
         if ticket is None or not ticket.is_open:
             ticket = self.enter(0)
-        self._take(num_sequences - ticket.num_sequences, num_prompt_tokens - ticket.num_tokens)
+        self._take(num_sequences - ticket.num_sequences, num_prompt_tokens - ticket.num_tokens, ticket.num_tokens)
         ticket.num_sequences, ticket.num_tokens = num_sequences, num_prompt_tokens
         return ticket
 
@@ -157,7 +157,7 @@ class Admission:
         missing = max(1, self.num_sequences + num_sequences - self.limits.max_sequences)
         return float(min(MAX_RETRY_AFTER_S, max(1, math.ceil(missing / pace))))
 
-    def _take(self, num_sequences: int, num_tokens: int) -> None:
+    def _take(self, num_sequences: int, num_tokens: int, num_own_tokens: int = 0) -> None:
         limits = self.limits
         if limits is not None:
             if num_sequences > 0 and self.num_sequences + num_sequences > limits.max_sequences:
@@ -168,7 +168,7 @@ class Admission:
                     retry_after_s=self.retry_after_s(num_sequences),
                 )
             # An empty queue takes any prompt: waiting would never help it.
-            is_first = self.num_queued_tokens <= 0 or self.num_requests <= 1
+            is_first = self.num_queued_tokens <= num_own_tokens
             if num_tokens > 0 and not is_first and self.num_queued_tokens + num_tokens > limits.max_queued_tokens:
                 self.num_refused += 1
                 raise QueueFullError(
