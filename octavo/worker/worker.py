@@ -99,7 +99,9 @@ class Worker:
         with torch.inference_mode():
             self._model = build_model(config.model, self._context)
             load_weights(self._model, config.load, config.model, self._device)
-        self._groups = group_layers(layer.spec for layer in self._context.attention_layers)
+        self._groups = group_layers(
+            (layer.spec for layer in self._context.attention_layers), config.scheduler.max_model_len
+        )
         self._kv_spec = make_kv_spec(self._groups, config.cache.block_size)
         chosen = [
             choose_backend(config.device.attention_backend, group.spec, self._device.type) for group in self._groups
@@ -161,6 +163,7 @@ class Worker:
         config, device = self._config, self._device
         check_cache_fits(device.memory(), num_blocks * self._kv_spec.bytes_per_block)
         self._ledger["KV cache"] = num_blocks * self._kv_spec.bytes_per_block
+        logger.info("KV cache: %s", self._kv_spec.describe(config.scheduler.max_model_len))
         self._bind_cache(num_blocks)
         before = device.memory()
         limits, vocab_size = config.scheduler, config.model.vocab_size
