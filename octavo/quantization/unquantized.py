@@ -1,4 +1,7 @@
-"""Weights as they are, in the dtype of the model: the reference for every other method, and the smallest."""
+"""Weights as they are, in the dtype of the model: the reference for every other method, and the smallest.
+
+Float32 weights of a CPU are laid out for the compiled kernel where there is one, values untouched.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.linear import linear
+from octavo.kernels.native import NativeKernels, native_kernels
 from octavo.quantization.method import LinearShape
 
 
@@ -18,6 +22,7 @@ class Unquantized:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
+        self._native: NativeKernels | None = native_kernels() if self._device.type == "cpu" else None
 
     def create_weights(self, shape: LinearShape) -> dict[str, Tensor]:
         """See QuantizationMethod."""
@@ -26,9 +31,13 @@ class Unquantized:
     def after_load(self, shape: LinearShape, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """See QuantizationMethod."""
         assert weights["weight"].shape == (shape.out_features, shape.in_features)
+        if self._native is not None and shape.dtype is torch.float32:
+            return {"panels": self._native.pack_float32(weights["weight"])}
         return weights
 
     def apply(self, shape: LinearShape, weights: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         """See QuantizationMethod."""
         assert x.shape[-1] == shape.in_features
+        if self._native is not None and "panels" in weights:
+            return self._native.linear_float32(x, weights["panels"], shape.out_features, bias)
         return linear(x, weights["weight"], bias)
