@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import Module
 
 from octavo.attention.backend import AttentionSpec
 from octavo.config.model import ModelConfig
@@ -210,6 +211,8 @@ def count_weight_bytes(model: object) -> int:
             waiting.extend(node.values())
         elif isinstance(node, list | tuple):
             waiting.extend(node)
+        elif isinstance(node, Module):
+            waiting.extend([*node.parameters(), *node.buffers()])
     return total
 
 
