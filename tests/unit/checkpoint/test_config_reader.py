@@ -322,7 +322,7 @@ BAD_GGUF: list[tuple[dict[str, Any], str]] = [
     ({"llama.rope.dimension_count": 1000}, "rope.dimension_count is 1000"),
     ({"llama.rope.scaling.type": "magic"}, "rope.scaling.type is 'magic'"),
     ({"split.count": 3}, "is one of 3 parts"),
-    ({"llama.expert_count": 8}, "mixtures of experts"),
+    ({"llama.expert_count": 8}, "llama.expert_used_count is missing"),
     ({"tokenizer.ggml.tokens": TOKENS + ["x1", "x2"]}, "the tokenizer has"),
     ({"tokenizer.ggml.eos_token_id": 9999}, "eos_token_id holds 9999"),
 ]
