@@ -127,7 +127,7 @@ VARIANTS: dict[str, Variant] = {
     "granite": Variant(
         "Granite", "GraniteForCausalLM", "GraniteConfig", "multipliers on embedding, attention, residuals and logits",
         "Granite 3.0 to 3.3, dense",
-        {"embedding_multiplier": 12.0, "attention_multiplier": 0.11, "residual_multiplier": 0.22, "logits_scaling": 4.0,
+        {"embedding_multiplier": 12.0, "attention_multiplier": 0.11, "residual_multiplier": 0.8, "logits_scaling": 0.5,
          "tie_word_embeddings": True},
         is_on_gpu=True,
     ),
@@ -208,7 +208,7 @@ VARIANTS: dict[str, Variant] = {
         "Gemma", "Gemma2ForCausalLM", "Gemma2Config", "soft-caps, norms around each block, every other layer local",
         "Gemma 2",
         {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,
-         "final_logit_softcapping": 3.0},
+         "final_logit_softcapping": 0.5},
         is_on_gpu=True,
     ),
     "gemma3": Variant(
@@ -235,7 +235,7 @@ VARIANTS: dict[str, Variant] = {
         "Granite", "GraniteMoeForCausalLM", "GraniteMoeConfig", "experts in one tensor, multipliers",
         "Granite 3.0 and 3.1 1B-A400M and 3B-A800M",
         {"num_local_experts": 6, "num_experts_per_tok": 3, "embedding_multiplier": 12.0, "attention_multiplier": 0.11,
-         "residual_multiplier": 0.22, "logits_scaling": 4.0, "tie_word_embeddings": True},
+         "residual_multiplier": 0.8, "logits_scaling": 0.5, "tie_word_embeddings": True},
     ),
     "qwen2-moe": Variant(
         "Qwen-MoE", "Qwen2MoeForCausalLM", "Qwen2MoeConfig", "shared expert behind a gate, a dense layer",
@@ -319,12 +319,19 @@ def make_reference(name: str, **more: Any) -> PreTrainedModel:
         config = outer
     model = model_class(config).eval()
     is_around_zero = variant.family == "Gemma"
+    # Small beside what the layers add: under tied weights a model would only repeat what it reads.
+    text_config = config.get_text_config()
+    embedding_scale = text_config.hidden_size**0.5 if is_around_zero else variant.options.get("embedding_multiplier", 1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+            if "embed_tokens" in key:
+                parameter.normal_(0.0, 0.2 / embedding_scale)
+            elif parameter.dim() > 1:
                 parameter.normal_(0.0, 1.2 * parameter.shape[-1] ** -0.5)
+            elif key.endswith("bias"):
+                parameter.normal_(0.0, 0.1)
             else:
-                parameter.normal_(1.0 if "norm" in key and not is_around_zero else 0.0, 0.3)
+                parameter.normal_(0.0 if is_around_zero else 1.0, 0.3)
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.3)
