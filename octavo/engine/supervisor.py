@@ -69,6 +69,8 @@ class SupervisorOptions:
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     watch: WatchSettings = field(default_factory=WatchSettings)
     log_stats: bool = False
+    client_index: int = 0
+    """Which frontend of the engine this is."""
     on_phase: Callable[[str], None] | None = None
     """Called, from another thread, with what an engine that starts does now, in words."""
     on_ready: Callable[[], None] | None = None
@@ -236,6 +238,10 @@ class EngineSupervisor:
         """See ``AsyncLLM.chat_prompt``."""
         return self.llm.chat_prompt(messages, options)
 
+    def tokenize_prompt(self, text: str, *, add_special_tokens: bool = True, keep: int | None = None) -> TokensPrompt:
+        """See ``AsyncLLM.tokenize_prompt``."""
+        return self.llm.tokenize_prompt(text, add_special_tokens=add_special_tokens, keep=keep)
+
     async def reset_prefix_cache(self) -> bool:
         """See ``AsyncLLM.reset_prefix_cache``."""
         return await self.llm.reset_prefix_cache()
@@ -326,7 +332,7 @@ class EngineSupervisor:
     def _start(self) -> None:
         """Body of a thread."""
         try:
-            frontend = assemble(self._connect, self._options.log_stats)
+            frontend = assemble(self._connect, self._options.log_stats, self._options.client_index)
         except Exception as error:  # border of the thread
             if self._is_closing:
                 return
@@ -365,6 +371,8 @@ class EngineSupervisor:
                 process.kill()
 
     def _fail(self, error: OctavoError) -> None:
+        if "\n" in error.message:
+            logger.error("%s", error.message)  # with its stack; whoever tells it to people cuts that off
         self._failure = error
         if self._options.on_failed is not None:
             self._options.on_failed(error)
