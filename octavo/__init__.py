@@ -14,18 +14,30 @@ if TYPE_CHECKING:
     from octavo.engine.async_llm import AsyncLLM
     from octavo.llm import LLM
     from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+    from octavo.pooling_outputs import (
+        ClassificationRequestOutput,
+        EmbeddingRequestOutput,
+        PoolingRequestOutput,
+        ScoringRequestOutput,
+    )
+    from octavo.pooling_params import PoolingParams
     from octavo.sampling_params import RepetitionDetection, RequestOutputKind, SamplingParams
 
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "ClassificationRequestOutput",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
     "EngineArgs",
     "Logprob",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "RepetitionDetection",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringRequestOutput",
 ]
 
 _MODULES = {
@@ -34,6 +46,11 @@ _MODULES = {
     "CompletionOutput": "octavo.outputs",
     "EngineArgs": "octavo.config.args",
     "Logprob": "octavo.outputs",
+    "ClassificationRequestOutput": "octavo.pooling_outputs",
+    "EmbeddingRequestOutput": "octavo.pooling_outputs",
+    "PoolingRequestOutput": "octavo.pooling_outputs",
+    "ScoringRequestOutput": "octavo.pooling_outputs",
+    "PoolingParams": "octavo.pooling_params",
     "RepetitionDetection": "octavo.sampling_params",
     "RequestOutput": "octavo.outputs",
     "RequestOutputKind": "octavo.sampling_params",

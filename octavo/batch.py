@@ -57,3 +57,5 @@ class ForwardBatch:
     """[B] int64, batch position to row."""
     metadata: tuple[AttentionMetadata, ...]
     """One per KV group."""
+    token_types: Tensor | None = None
+    """[T] int64, 1 in the second text of a pair; None where no request of the step is one. Pooling models only."""

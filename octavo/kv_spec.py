@@ -1,6 +1,7 @@
 """What the layers of a model store per token, and how that becomes block counts. No torch.
 
-Layers of one kind (same attention window, same shape) form a *group*; every group has a block table per request. All
+Layers of one kind (same attention window, same shape) form a *group*, or several where another kind has fewer layers;
+every group has a block table per request. All
 groups share one pool of blocks: tensor ``j`` of the cache serves the j-th layer of each group, and a block id belongs
 to one group at a time, so memory moves freely between kinds. That needs equal bytes per block in every group, which
 ``KVCacheSpec`` checks. Paper: Kwon et al., SOSP 2023, section 4.
@@ -75,3 +76,19 @@ class KVCacheSpec:
                 tokens = min(num_tokens, group.sliding_window + self.block_size)
             total += -(-tokens // self.block_size)
         return total
+
+    def describe(self, num_tokens: int) -> str:
+        """The groups in words, and what a request of so many tokens holds, beside what it would without windows."""
+        words: list[str] = []
+        for window in dict.fromkeys(group.sliding_window for group in self.groups):
+            kind = [group for group in self.groups if group.sliding_window == window]
+            layers = sum(len(group.layer_indices) for group in kind)
+            sees = "see everything" if window is None else f"see {window} tokens"
+            words.append(f"{layers} layers {sees} ({len(kind)} group{'s' * (len(kind) > 1)})")
+        layers = sum(len(group.layer_indices) for group in self.groups)
+        held = self.blocks_for_tokens(num_tokens) * self.bytes_per_block / 2**20
+        text = f"{', '.join(words)}; a request of {num_tokens} tokens holds {held:.1f} MiB"
+        if any(group.sliding_window is not None for group in self.groups):
+            plain = layers * -(-num_tokens // self.block_size) * self.bytes_per_block / self.num_tensors / 2**20
+            text += f", and would hold {plain:.1f} MiB without windows"
+        return text

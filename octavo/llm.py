@@ -24,19 +24,31 @@ from octavo.config.args import EngineArgs
 from octavo.config.env import apply_environment, read_environment
 from octavo.config.flags import engine_args_from_keywords
 from octavo.config.setting import settings_of
-from octavo.engine.frontend import Frontend, start_frontend
+from octavo.engine.frontend import AnyOutput, Frontend, start_frontend
 from octavo.engine.interrupts import DeferredInterrupt
+from octavo.engine.pooling_calls import ScorePlan, as_texts
 from octavo.errors import EngineDeadError, InvalidRequestError
 from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import ProcessedRequest, Prompt
+from octavo.frontend.pooling_processor import ProcessedPooling
 from octavo.frontend.tokenizer import Tokenizer
 from octavo.messages import EngineReady
 from octavo.observability.metrics import Metric
 from octavo.outputs import RequestOutput
+from octavo.pooling_outputs import (
+    ClassificationRequestOutput,
+    EmbeddingRequestOutput,
+    PoolingRequestOutput,
+    ScoringRequestOutput,
+    as_classification,
+    as_embedding,
+)
+from octavo.pooling_params import PoolingParams
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger(__name__)
 UseTqdm = bool | Callable[..., Any]
+AnyProcessed = ProcessedRequest | ProcessedPooling
 Message = Mapping[str, Any]
 
 
@@ -158,6 +170,105 @@ class LLM:
             requests = self._check_all(prompts, sampling_params, None, lora_request)
             return self._run(requests, use_tqdm)
 
+    # ----------------------------------------------------------------------------------------------------- pooling
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        pooling_task: str = "encode",
+        use_tqdm: UseTqdm = True,
+        lora_request: object = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[PoolingRequestOutput]:
+        """What a pooling model makes of texts, as it is.
+
+        Args:
+            prompts: As for ``generate``; a dict may have ``second_prompt`` for a classifier that reads two texts.
+            pooling_params: One for all, one per prompt, or None for the model's own.
+            pooling_task: embed, classify, score, token_embed (a vector per token); encode: what the model is made for.
+            use_tqdm: As for ``generate``.
+            lora_request: Not supported yet.
+            tokenization_kwargs: Not supported; ``PoolingParams.truncate_prompt_tokens`` cuts long texts.
+
+        Returns:
+            One output per prompt, in the order of the prompts.
+
+        Raises:
+            InvalidRequestError, ContextLengthError: The model generates, or a prompt or a parameter is impossible;
+                nothing has run.
+            EngineDeadError: The engine has ended.
+        """
+        _refuse_given("lora_request", lora_request)
+        _refuse_given("tokenization_kwargs", tokenization_kwargs)
+        texts = as_texts("prompts", prompts)
+        params = _one_each("pooling_params", pooling_params, len(texts), PoolingParams)
+        with self._lock:
+            requests = [
+                self._frontend.process_pooling(str(next(self._ids)), prompt, one_params, task=pooling_task)
+                for prompt, one_params in zip(texts, params, strict=True)
+            ]
+            return cast("list[PoolingRequestOutput]", self._run(requests, use_tqdm))
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: object = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Texts as vectors; see ``encode``."""
+        options: dict[str, Any] = {"pooling_task": "embed", "use_tqdm": use_tqdm, "lora_request": lora_request}
+        return [as_embedding(output) for output in self.encode(prompts, pooling_params, **options)]
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: object = None,
+    ) -> list[ClassificationRequestOutput]:
+        """The classes of texts; see ``encode``."""
+        options: dict[str, Any] = {"pooling_task": "classify", "use_tqdm": use_tqdm, "lora_request": lora_request}
+        return [as_classification(output) for output in self.encode(prompts, pooling_params, **options)]
+
+    def score(
+        self,
+        data_1: Prompt | Sequence[Prompt],
+        data_2: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: object = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well texts fit: by a cross-encoder, or as the cosine of their embeddings.
+
+        Args:
+            data_1: One text, or as many as ``data_2``.
+            data_2: One or several.
+            pooling_params: For all.
+            use_tqdm: As for ``generate``.
+            lora_request: Not supported yet.
+
+        Returns:
+            One output per text of ``data_2``, in order.
+
+        Raises:
+            InvalidRequestError: See ``encode``; or the numbers of texts do not fit.
+        """
+        plan = ScorePlan(
+            as_texts("data_1", data_1),
+            as_texts("data_2", data_2),
+            is_cross_encoder=self._frontend.need_pooling.is_cross_encoder,
+        )
+        options: dict[str, Any] = {"pooling_task": "score", "use_tqdm": use_tqdm, "lora_request": lora_request}
+        return plan.scores(self.encode(plan.prompts, pooling_params, **options))
+
+    # ---------------------------------------------------------------------------------------------------- in pieces
+
     def enqueue(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -248,8 +359,9 @@ class LLM:
             for prompt, one_params, one_priority in zip(prompts, params, priorities, strict=True)
         ]
 
-    def _run(self, requests: list[ProcessedRequest], use_tqdm: UseTqdm) -> list[RequestOutput]:
-        finished: dict[str, RequestOutput] = {}
+    def _run(self, requests: Sequence[AnyProcessed], use_tqdm: UseTqdm) -> list[Any]:
+        """The last output of each request, of the kind that belongs to it, in order."""
+        finished: dict[str, AnyOutput] = {}
         with _Progress(use_tqdm, len(requests)) as progress, DeferredInterrupt() as interrupt:
             try:
                 for output in self._work(requests, interrupt):
@@ -271,7 +383,7 @@ class LLM:
         while (received := self._frontend.client.recv(0.0)) is not None:
             self._frontend.take(received)
 
-    def _work(self, requests: list[ProcessedRequest], interrupt: DeferredInterrupt) -> Iterator[RequestOutput]:
+    def _work(self, requests: Sequence[AnyProcessed], interrupt: DeferredInterrupt) -> Iterator[AnyOutput]:
         """Submit requests as the engine's queue has room, and yield each output that finishes."""
         frontend, limits = self._frontend, self.ready.config.scheduler
         # Lower priorities first, so that none waits here behind one that the engine would run later.
@@ -308,7 +420,7 @@ class _QueueRoom:
     def num_requests(self) -> int:
         return len(self._sizes)
 
-    def fits(self, request: ProcessedRequest) -> bool:
+    def fits(self, request: AnyProcessed) -> bool:
         if not self._sizes:
             return True
         num_sequences, num_tokens = self._size(request)
@@ -317,7 +429,7 @@ class _QueueRoom:
             and self._num_tokens + num_tokens <= self._max_tokens
         )
 
-    def enter(self, request: ProcessedRequest) -> None:
+    def enter(self, request: AnyProcessed) -> None:
         size = self._sizes[request.request_id] = self._size(request)
         self._num_sequences += size[0]
         self._num_tokens += size[1]
@@ -327,7 +439,7 @@ class _QueueRoom:
         self._num_sequences -= num_sequences
         self._num_tokens -= num_tokens
 
-    def _size(self, request: ProcessedRequest) -> tuple[int, int]:
+    def _size(self, request: AnyProcessed) -> tuple[int, int]:
         num_sequences = len(request.core_requests)
         return num_sequences, num_sequences * len(request.prompt_token_ids)
 
@@ -351,11 +463,12 @@ class _Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def note(self, output: RequestOutput) -> None:
+    def note(self, output: AnyOutput) -> None:
         if self._bar is None:
             return
         self._num_prompt_tokens += len(output.prompt_token_ids or ())
-        self._num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+        if isinstance(output, RequestOutput):
+            self._num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
         seconds = self._bar.format_dict["elapsed"] or 1e-9
         self._bar.set_postfix_str(
             f"in {self._num_prompt_tokens / seconds:.1f} tokens/s, out {self._num_tokens / seconds:.1f} tokens/s",

@@ -77,8 +77,8 @@ class ResolvedPooling(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     per_token: bool = False
     """The state of every token is wanted, not one for the text."""
-    use_activation: bool = True
-    """Whether the result passes through the model's activation (normalisation, softmax, sigmoid)."""
+    activation: str = "none"
+    """What the result passes through: normalize, softmax, sigmoid or none."""
     dimensions: int = 0
     """So many leading dimensions are kept, before the activation; 0 means all."""
     second_text_start: int = 0

@@ -6,6 +6,7 @@ the same answer under the name of what was asked for.
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -111,15 +112,19 @@ def as_classification(output: PoolingRequestOutput) -> ClassificationRequestOutp
 
 
 def as_score(output: PoolingRequestOutput) -> ScoringRequestOutput:
-    """The only number of a pair's classifier."""
-    return ScoringRequestOutput(outputs=ScoringOutput(output.outputs.data[0]), **_common(output))
+    """The only number of a pair's classifier; NaN where there is an error instead."""
+    return ScoringRequestOutput(
+        outputs=ScoringOutput(output.outputs.data[0] if output.outputs.data else math.nan), **_common(output)
+    )
 
 
 def cosine_score(first: PoolingRequestOutput, second: PoolingRequestOutput) -> ScoringRequestOutput:
-    """The cosine of the angle between two texts' vectors, as an answer to the second."""
+    """The cosine of the angle between two texts' vectors, as an answer to the second; NaN where there is an error."""
     a, b = first.outputs.data, second.outputs.data
+    if first.error or second.error:
+        a = b = array("f")
     norm = (sum(x * x for x in a) * sum(x * x for x in b)) ** 0.5
-    score = sum(x * y for x, y in zip(a, b, strict=True)) / norm if norm else 0.0
+    score = sum(x * y for x, y in zip(a, b, strict=True)) / norm if norm else 0.0 if a else math.nan
     common = _common(second)
     common["prompt_token_ids"] = first.prompt_token_ids + second.prompt_token_ids
     common["num_cached_tokens"] = first.num_cached_tokens + second.num_cached_tokens

@@ -33,6 +33,9 @@ class AttentionSpec:
     logit_softcap: float | None = None
     has_sinks: bool = False
     """Every head has one more score in its softmax, learned, without a value (gpt-oss)."""
+    is_bidirectional: bool = False
+    """Every token sees the whole text, which is computed in one step; nothing is kept. ``sliding_window`` counts to
+    each side then."""
 
 
 class AttentionBackend(Protocol):
@@ -86,6 +89,15 @@ class AttentionBackend(Protocol):
                 layers need not have the argument.
         """
         ...
+
+
+def unsupported_direction(backend: type[AttentionBackend], spec: AttentionSpec) -> str | None:
+    """Why a backend cannot serve the direction in which the layers of ``spec`` look; None when it can. Backends for
+    encoders say so by a class attribute ``is_bidirectional = True``."""
+    looks_both_ways = bool(getattr(backend, "is_bidirectional", False))
+    if looks_both_ways == spec.is_bidirectional:
+        return None
+    return "it is for encoders" if looks_both_ways else "its tokens see only those before them, and this is an encoder"
 
 
 def is_capturable(backend: AttentionBackend) -> bool:

@@ -2,7 +2,7 @@
 
 A decode step of 32 requests would be 32 operator calls per layer, or a gather of every history; the kernel walks block
 tables itself and copies nothing. Its tasks are fixed spans of keys, so a request's result does not depend on its
-neighbours. Prompts go through ``torch_sdpa``, whose fused operator is made for many queries.
+neighbours. Prompts go through blocks of queries and keys whose bounds do not depend on how they were cut into chunks.
 Paper: Kwon et al., SOSP 2023 (paging); Dao et al., "Flash-Decoding", 2023 (spans merged by their maxima).
 """
 
@@ -17,7 +17,10 @@ from torch import Tensor
 from octavo.attention.backend import AttentionSpec
 from octavo.attention.torch_sdpa import Span, TorchSdpaBackend
 from octavo.batch import AttentionMetadata, StepShape
-from octavo.kernels.native import DecodePlan, NativeKernels, native_kernels, native_status
+from octavo.kernels.native import DecodePlan, NativeKernels, PrefillPlan, native_kernels, native_status
+
+PREFILL_MULTIPLE = 16
+"""Of the head size, for the kernel of prompts."""
 
 
 @dataclass(slots=True)
@@ -26,7 +29,9 @@ class CpuPagedMetadata(AttentionMetadata):
 
     num_tokens: int
     decodes: DecodePlan | None
+    prompts: PrefillPlan | None
     spans: list[Span]
+    """What the compiled kernels cannot do."""
 
 
 class CpuPagedBackend:
@@ -78,8 +83,14 @@ class CpuPagedBackend:
                 [0 if window is None else max(0, lens[index] - window) for index in single],
                 [lens[index] for index in single],
             )
-        spans = self._torch.plan_spans(others, starts, lens, block_table)
-        return CpuPagedMetadata(slot_mapping, block_table, starts[-1], decodes, spans)
+        prompts = None
+        spans: list[Span] = []
+        if others and self._spec.head_dim % PREFILL_MULTIPLE == 0:
+            runs = [(starts[i], starts[i + 1] - starts[i], lens[i] - starts[i + 1] + starts[i], i) for i in others]
+            prompts = PrefillPlan(block_table, runs)
+        elif others:
+            spans = self._torch.plan_spans(others, starts, lens, block_table)
+        return CpuPagedMetadata(slot_mapping, block_table, starts[-1], decodes, prompts, spans)
 
     def kv_views(self, cache: Tensor) -> None:
         """None: the compiled writer is faster."""
@@ -98,5 +109,8 @@ class CpuPagedBackend:
             out[meta.num_tokens :].zero_()
         if meta.decodes is not None:
             self._native.decode_attention(q, cache, meta.decodes, self._spec.scale, out, sinks)
+        if meta.prompts is not None:
+            window = self._spec.sliding_window
+            self._native.prefill_attention(q, cache, meta.prompts, self._spec.scale, out, window=window, sinks=sinks)
         if meta.spans:
             self._torch.attend_spans(q, k, v, cache, meta.spans, out, sinks)

@@ -159,7 +159,10 @@ class FlexBackend:
         held = table[row, :longest].long()  # [R, longest] pages in order
         logical = torch.full((len(rows), num_blocks), -1, dtype=torch.int32, device=device)
         order = torch.arange(longest, dtype=torch.int32, device=device)
-        logical.scatter_(1, held, order.expand(len(rows), -1))
+        # What the table lists beyond a request's length, or before its window, may be another block of it by now: the
+        # last place counts.
+        in_use = torch.where(order < (first[:, None] + count - 1) // page + 1, order, -1)
+        logical.scatter_reduce_(1, held, in_use, "amax")
         # Pages that some query of a block sees: from the window of its first to the page of its last.
         block = torch.arange(0, padded, _QUERY_BLOCK, device=device)
         last = first[:, None] + (block + _QUERY_BLOCK - 1).clamp_max(count - 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from octavo.attention.backend import AttentionBackend, AttentionSpec
+from octavo.attention.backend import AttentionBackend, AttentionSpec, unsupported_direction
 from octavo.errors import ConfigError
 from octavo.utils.registry import Registry
 
@@ -24,6 +24,7 @@ BACKENDS = Registry(
         "FLEX_ATTENTION": "octavo.attention.flex:FlexBackend",
         "FLASHINFER": "octavo.attention.flashinfer:FlashInferBackend",
         "XFORMERS": "octavo.attention.xformers:XformersBackend",
+        "ENCODER_SDPA": "octavo.attention.encoder:EncoderBackend",
     },
     aliases={
         "TRITON": "TRITON_ATTN",
@@ -58,7 +59,7 @@ def choose_backend(requested: str, spec: AttentionSpec, device_type: str) -> tup
     """
     if requested.lower() != "auto":
         backend: type[AttentionBackend] = BACKENDS.load(requested)
-        reason = backend.unsupported(spec, device_type)
+        reason = _reason_against(backend, spec, device_type)
         if reason is None:
             return backend, f"asked for as {requested!r}"
         others = _candidates(spec, device_type, except_for=backend.name)
@@ -89,7 +90,11 @@ def _candidate(name: str, spec: AttentionSpec, device_type: str) -> tuple[type[A
         backend: type[AttentionBackend] = BACKENDS.load(name)
     except ConfigError as error:
         return None, error.message
-    return backend, backend.unsupported(spec, device_type)
+    return backend, _reason_against(backend, spec, device_type)
+
+
+def _reason_against(backend: type[AttentionBackend], spec: AttentionSpec, device_type: str) -> str | None:
+    return unsupported_direction(backend, spec) or backend.unsupported(spec, device_type)
 
 
 def _describe(candidates: dict[str, tuple[type[AttentionBackend] | None, str | None]]) -> str:

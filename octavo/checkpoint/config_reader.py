@@ -179,7 +179,8 @@ def _windows(f: Fields, num_layers: int, model_type: str, max_positions: int) ->
     """[num_layers] windows, or empty when every layer sees everything."""
     if f.get("use_bidirectional_attention"):
         raise f.error("use_bidirectional_attention", "is set, but only attention to earlier tokens is supported")
-    window = f.optional_integer("sliding_window", 1, 2**31 - 1)
+    # Some write 0 for none.
+    window = f.optional_integer("sliding_window", 0, 2**31 - 1) or None
     if f.values.get("layer_types") is not None:
         is_local = _stated_kinds(f, num_layers)
         if window is None and any(is_local):

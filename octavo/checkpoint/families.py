@@ -151,6 +151,6 @@ def language_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | Non
     sizes = DIMENSIONS.get(inner_type)
     for name, value in zip(_SIZES, sizes or (), strict=False):
         inner.setdefault(name, value)
-    if inner_type in ARCHITECTURES:
-        inner["architectures"] = [ARCHITECTURES[inner_type]]
+    # One that has no class of its own goes by its wrapper's name.
+    inner["architectures"] = [ARCHITECTURES.get(inner_type, wrapper)]
     return inner, wrapper

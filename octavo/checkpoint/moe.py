@@ -30,9 +30,11 @@ def read_moe(f: Fields, model_type: str, num_layers: int) -> MoeConfig | None:
 
 def _num_experts(f: Fields) -> int:
     """Under whichever of its names; newer versions of a library write another one."""
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if f.get(name) is not None:
-            return f.integer(name, 1, _MAX)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    for values in (f.values, f.defaults):
+        for name in names:
+            if values.get(name) is not None:
+                return f.integer(name, 1, _MAX)
     raise f.error("num_experts", "is missing (num_local_experts and n_routed_experts mean the same)")
 
 

@@ -118,7 +118,7 @@ def _scaling(s: Fields, f: Fields, kind: str, rotary_dim: int, max_positions: in
     if kind == "yarn":
         for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
             scaling[name] = s.number(name, default, low=1e-6)
-    for name in ("attention_factor", "mscale", "mscale_all_dim"):
+    for name in ("attention_factor", "mscale", "mscale_all_dim", "short_mscale", "long_mscale"):
         if s.values.get(name) is not None:
             scaling[name] = s.number(name, None, low=0.0)
     if kind != "linear":

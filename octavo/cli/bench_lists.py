@@ -1,4 +1,4 @@
-"""The workloads W1 to W6 as token ids and output lengths, and the two model shapes that they run on.
+"""The workloads W1 to W10 as token ids and output lengths, and the model shapes that they run on.
 
 Every engine that is compared runs these very lists: seeds, draws and their order never change (a test holds digests).
 Knows no engine, and no torch. ``bench_workloads.py`` runs them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,23 @@ def _w6_prefill() -> Workload:
     return replace(workload, name="W6-prefill", output_lens=[1] * len(workload.prompts))
 
 
+def _w7() -> Workload:
+    return replace(_w3(), name="W7", model="m3")
+
+
+def _w8() -> Workload:
+    draw = random.Random(0)
+    return Workload("W8", "m3", [_ids(draw, 512) for _ in range(256)], [256] * 256, 0.6)
+
+
+def _w9() -> Workload:
+    return replace(_w3(), name="W9", model="m4")
+
+
+def _w10() -> Workload:
+    return replace(_w8(), name="W10", model="m4")
+
+
 WORKLOADS: Mapping[str, Callable[[], Workload]] = {
     "W4": _w4,
     "W1": _w1,
@@ -90,9 +107,15 @@ WORKLOADS: Mapping[str, Callable[[], Workload]] = {
     "W6-prefill": _w6_prefill,
     "W5": _w5,
     "W2": _w2,
+    "W7": _w7,
+    "W8": _w8,
+    "W9": _w9,
+    "W10": _w10,
 }
 """By name, in the order in which a run with little time takes them: the small model first, then by what a second tells
 about an engine."""
+OPTIONAL: Sequence[str] = ("W7", "W8", "W9", "W10")
+"""Not among ``all``: their models take 61 and 24 GB, and no peer has run them."""
 DESCRIPTIONS: Mapping[str, str] = {
     "W1": "256 requests, prompt and answer uniform in 100..1024",
     "W2": "1000 requests, prompt 1024, answer uniform in 128..384",
@@ -101,11 +124,16 @@ DESCRIPTIONS: Mapping[str, str] = {
     "W5": "prefill only: 64 prompts of 8192",
     "W6": "256 requests, prompt 512, answer 512",
     "W6-prefill": "256 prompts of 512, one token each",
+    "W7": "mixture of experts, batch 1, prompt 128, answer 256, greedy",
+    "W8": "mixture of experts, 256 requests, prompt 512, answer 256",
+    "W9": "local and global layers, batch 1, prompt 128, answer 256, greedy",
+    "W10": "local and global layers, 256 requests, prompt 512, answer 256",
 }
 
 
 MODEL_OF: Mapping[str, str] = {
     "W1": "m1", "W2": "m2", "W3": "m2", "W4": "m1", "W5": "m2", "W6": "m2", "W6-prefill": "m2",
+    "W7": "m3", "W8": "m3", "W9": "m4", "W10": "m4",
 }  # fmt: skip
 """Known without making the lists, which takes up to a second."""
 
@@ -148,13 +176,33 @@ M2: Mapping[str, Any] = {
     "vocab_size": 128256,
 }  # fmt: skip
 """The shape of Llama-3.1-8B."""
-MODELS: Mapping[str, Mapping[str, Any]] = {"m1": M1, "m2": M2}
-MAX_MODEL_LENS: Mapping[str, int] = {"m1": 4096, "m2": 8448}
+M3: Mapping[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "bos_token_id": 151643,
+    "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+    "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
+    "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+    "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+"""The shape of Qwen3-30B-A3B."""
+M4: Mapping[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "bos_token_id": 2, "eos_token_id": 106,
+    "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 3840, "intermediate_size": 15360,
+    "max_position_embeddings": 131072, "model_type": "gemma3_text", "num_attention_heads": 16,
+    "num_hidden_layers": 48, "num_key_value_heads": 8, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000.0, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "rope_theta": 1000000.0,
+    "sliding_window": 1024, "sliding_window_pattern": 6, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "vocab_size": 262208,
+}  # fmt: skip
+"""The shape of the text half of Gemma-3-12B."""
+MODELS: Mapping[str, Mapping[str, Any]] = {"m1": M1, "m2": M2, "m3": M3, "m4": M4}
+MAX_MODEL_LENS: Mapping[str, int] = {"m1": 4096, "m2": 8448, "m3": 4096, "m4": 4096}
 """Context of the engine, as in the runs of the peers."""
 _TINY: Mapping[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 10_240, "bos_token_id": 1, "eos_token_id": 2,
-    "max_window_layers": 2,
+    "max_window_layers": 2, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2,
 }  # fmt: skip
 
 

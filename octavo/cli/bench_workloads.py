@@ -1,4 +1,4 @@
-"""``octavo bench workloads``: the workloads W1 to W6 on dummy weights, a JSON row for each run, within a time limit.
+"""``octavo bench workloads``: the workloads W1 to W10 on dummy weights, a JSON row for each run, within a time limit.
 
 This process starts one engine process per model (``bench_run.py``) and outlives it: when a workload fails or the
 engine dies, the row says why and the rest goes on in a fresh process. Rows are on disk as soon as they are measured.
@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from octavo.cli.bench_lists import DESCRIPTIONS, MAX_MODEL_LENS, MODEL_OF, WORKLOADS, write_model
+from octavo.cli.bench_lists import DESCRIPTIONS, MAX_MODEL_LENS, MODEL_OF, OPTIONAL, WORKLOADS, write_model
 from octavo.cli.bench_rows import ResultFile
 from octavo.cli.bench_run import Task
 from octavo.cli.common import add_output_flags, set_up, tell
@@ -29,7 +29,7 @@ from octavo.config.flags import FlagParser, add_engine_flags, engine_args_from, 
 from octavo.errors import ConfigError
 from octavo.utils.text import did_you_mean
 
-SUMMARY = "Run the workloads W1 to W6 on dummy weights: a JSON row for each run, within a time limit."
+SUMMARY = "Run the workloads W1 to W10 on dummy weights: a JSON row for each run, within a time limit."
 RUN_MODULE, PROFILE_MODULE = "octavo.cli.bench_run", "octavo.cli.bench_profile"
 _GRACE_S = 20.0
 """A child that has not ended so long after the deadline is killed: it hangs."""
@@ -62,7 +62,10 @@ def make_parser() -> FlagParser:
     group = parser.add_argument_group("Workload")
     listed = "; ".join(f"{name}: {DESCRIPTIONS[name]}" for name in sorted(DESCRIPTIONS))
     group.add_argument(
-        "--workloads", default="all", metavar="NAMES", help=f"Which, with commas between. Default: all. {listed}."
+        "--workloads",
+        default="all",
+        metavar="NAMES",
+        help=f"Which, with commas between. Default: all, which are W1 to W6. {listed}.",
     )
     group.add_argument("--output-dir", default="bench-results", metavar="DIR", help="Where results and logs go.")
     group.add_argument("--repeats", type=int, default=3, metavar="N", help="Runs of each workload. Default: 3.")
@@ -92,7 +95,8 @@ def workload_names(text: str) -> list[str]:
     Raises:
         ConfigError: One is unknown.
     """
-    asked = list(WORKLOADS) if text == "all" else [each.strip() for each in text.split(",")]
+    everything = [name for name in WORKLOADS if name not in OPTIONAL]
+    asked = everything if text == "all" else [each.strip() for each in text.split(",")]
     for name in asked:
         if name not in WORKLOADS:
             raise ConfigError(

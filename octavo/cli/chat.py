@@ -1,8 +1,9 @@
-"""``octavo chat``: a conversation with a model in the terminal, in this process.
+"""``octavo chat``: a conversation with a model in the terminal, in this process or, with ``--url``, on a server.
 
 Each turn sends the whole conversation; the engine's prefix cache answers for everything but the newest message. On a
 terminal there is line editing with history, and Ctrl-C stops an answer without leaving. Through a pipe each line of
-standard input is a message, and stdout carries the answers only.
+standard input is a message, and stdout carries the answers only. Who answers is a ``Talker``: the engine here, or the
+server in ``remote.py``.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from octavo.cli.common import add_output_flags, add_sampling_flags, describe_reply, sampling_from, set_up, start, tell
 from octavo.cli.session import Answer, MakeSession, Reply, Session
 from octavo.cli.terminal import printable
 from octavo.config.flags import FlagParser, add_engine_flags, engine_args_from
 from octavo.errors import ConfigError, ContextLengthError, EngineDeadError, OctavoError
-from octavo.sampling_params import SamplingParams
 from octavo.utils.logging import use_colour
 from octavo.utils.text import did_you_mean, format_count, plural
 
 PROG = "octavo chat"
+REMOTE_CHAT = "octavo.cli.remote:chat"
 DESCRIPTION = "Talk with a model. Type /help for commands; Ctrl-C stops an answer, Ctrl-D leaves."
 HELP = """\
 /help            this list
@@ -65,8 +66,27 @@ class Conversation:
         return keep
 
 
+class Talker(Protocol):
+    """Answers conversations."""
+
+    def answer(self, conversation: Conversation, reply: Reply) -> str:
+        """Show an answer to the last message as it comes, and fill in ``reply``. May forget the oldest turns.
+
+        Returns:
+            What is to be told beside the answer; empty if nothing.
+
+        Raises:
+            KeyboardInterrupt: The user has stopped it.
+            OctavoError: There is no answer.
+        """
+        ...
+
+
 def main(argv: Sequence[str], make_session: MakeSession | None = None) -> int:
     """Run the command; returns the exit status."""
+    if any(word == "--url" or word.startswith("--url=") for word in argv):
+        module, _, function = REMOTE_CHAT.partition(":")
+        return int(getattr(importlib.import_module(module), function)(argv))
     parser = make_parser()
     namespace = parser.parse(argv)
     set_up(namespace, parser)
@@ -74,7 +94,8 @@ def main(argv: Sequence[str], make_session: MakeSession | None = None) -> int:
     sampling_from(namespace, {})  # a wrong value is told before the model is loaded
     session = start(args, namespace.quiet, make_session)
     try:
-        return ChatLoop(session, namespace).run()
+        talker = LocalTalker(session, namespace)
+        return ChatLoop(talker, namespace.system, namespace.history_file, quiet=namespace.quiet).run()
     finally:
         session.close()
 
@@ -82,10 +103,9 @@ def main(argv: Sequence[str], make_session: MakeSession | None = None) -> int:
 def make_parser() -> FlagParser:
     """The command's flags."""
     parser = FlagParser(prog=PROG, description=DESCRIPTION)
-    group = parser.add_argument_group("Conversation")
-    group.add_argument("--system", "--system-prompt", metavar="TEXT", help="Instructions to the model.")
+    group = add_conversation_flags(parser)
     group.add_argument(
-        "--history-file", metavar="FILE", help="Where typed lines are remembered. Default: in memory only."
+        "--url", metavar="URL", help="Talk to the server there instead; octavo chat --url URL --help shows how."
     )
     add_output_flags(parser)
     add_sampling_flags(parser)
@@ -93,29 +113,32 @@ def make_parser() -> FlagParser:
     return parser
 
 
+def add_conversation_flags(parser: FlagParser) -> Any:
+    """What both kinds of chat have; returns the group of flags."""
+    group = parser.add_argument_group("Conversation")
+    group.add_argument("--system", "--system-prompt", metavar="TEXT", help="Instructions to the model.")
+    group.add_argument(
+        "--history-file", metavar="FILE", help="Where typed lines are remembered. Default: in memory only."
+    )
+    return group
+
+
 class ChatLoop:
-    """Reads messages, writes answers, until the user leaves."""
+    """Reads messages, shows answers, until the user leaves.
 
-    def __init__(self, session: Session, namespace: argparse.Namespace) -> None:
-        """
-        Args:
-            session: A running engine.
-            namespace: The parsed flags.
+    Args:
+        talker: Who answers.
+        system: Instructions to the model.
+        history_file: Where typed lines are remembered.
+        quiet: Show nothing but the answers.
+    """
 
-        Raises:
-            ConfigError: The model has no chat template, or a sampling flag is wrong.
-        """
-        if not session.has_chat_template:
-            raise ConfigError(
-                "the model has no chat template: give one with --chat-template, or use 'octavo generate --raw'",
-                param="chat_template",
-            )
-        self._session = session
-        self._params = sampling_from(namespace, session.ready.config.frontend.sampling_defaults)
-        self._conversation = Conversation(namespace.system)
-        self._is_quiet: bool = namespace.quiet
+    def __init__(self, talker: Talker, system: str | None, history_file: str | None, *, quiet: bool) -> None:
+        self._talker = talker
+        self._conversation = Conversation(system)
+        self._is_quiet = quiet
         self._is_terminal = sys.stdin.isatty()
-        self._history = _History(namespace.history_file) if self._is_terminal else None
+        self._history = _History(history_file) if self._is_terminal else None
 
     def run(self) -> int:
         """The loop; returns the exit status."""
@@ -129,7 +152,7 @@ class ChatLoop:
             if text.startswith("/"):
                 self._command(text)
             elif text:
-                status = self._turn(text)
+                status = self.turn(text)
         if self._history is not None:
             self._history.save()
         return 0 if self._is_terminal else status
@@ -183,13 +206,16 @@ class ChatLoop:
         else:
             tell(f"{plural(len(self._conversation.messages), 'message')} written to {file}")
 
-    def _turn(self, text: str) -> int:
+    def turn(self, text: str) -> int:
         """Send a message and show the answer; returns 1 when there was none."""
         self._conversation.turns.append({"role": "user", "content": text})
+        reply, note, is_stopped = Reply(time.monotonic(), [Answer()]), "", False
         try:
-            prompt, note = self._fit()
-            reply = Reply(time.monotonic(), [Answer()])
-            is_stopped = self._answer(prompt, reply)
+            note = self._talker.answer(self._conversation, reply)
+        except KeyboardInterrupt:
+            if not self._is_terminal:
+                raise
+            is_stopped = True
         except EngineDeadError:
             raise
         except OctavoError as error:
@@ -208,43 +234,77 @@ class ChatLoop:
             tell(describe_reply(reply, notes))
         return 1 if answer.error else 0
 
-    def _fit(self) -> tuple[list[int], str]:
+
+class LocalTalker:
+    """The engine in this process.
+
+    Args:
+        session: A running engine.
+        namespace: The parsed flags.
+
+    Raises:
+        ConfigError: The model has no chat template, or a sampling flag is wrong.
+    """
+
+    def __init__(self, session: Session, namespace: argparse.Namespace) -> None:
+        if not session.has_chat_template:
+            raise ConfigError(
+                "the model has no chat template: give one with --chat-template, or use 'octavo generate --raw'",
+                param="chat_template",
+            )
+        self._session = session
+        self._params = sampling_from(namespace, session.ready.config.frontend.sampling_defaults)
+
+    def answer(self, conversation: Conversation, reply: Reply) -> str:
+        """See ``Talker``."""
+        prompt, note = self._fit(conversation)
+        reply.submitted_s = time.monotonic()
+        try:
+            self._session.run(self._stream(prompt, reply))
+        finally:
+            end_line(reply)
+        return note
+
+    def _fit(self, conversation: Conversation) -> tuple[list[int], str]:
         """Token ids of the conversation, its oldest turns dropped until an answer fits; and a note about that."""
         limit = self._session.ready.config.scheduler.max_model_len
         wanted = min(MIN_ANSWER_TOKENS, self._params.max_tokens or MIN_ANSWER_TOKENS, limit // 2)
         dropped = 0
         while True:
-            prompt = self._session.chat_prompt(self._conversation.messages)
+            prompt = self._session.chat_prompt(conversation.messages)
             if len(prompt) + wanted <= limit:
                 break
-            gone = self._conversation.drop_oldest()
+            gone = conversation.drop_oldest()
             if not gone:
                 raise ContextLengthError(
                     f"the message is too long: {format_count(len(prompt))} tokens with the chat template, but the "
                     f"context holds {format_count(limit)}, answer included"
                 )
             dropped += gone
-        return prompt, f"context full: forgot the oldest {plural(dropped, 'message')}" if dropped else ""
+        return prompt, forgotten(dropped)
 
-    def _answer(self, prompt: list[int], reply: Reply) -> bool:
-        """Show the answer as it comes; True when Ctrl-C stopped it."""
-        try:
-            self._session.run(self._stream(prompt, self._params, reply))
-        except KeyboardInterrupt:
-            if not self._is_terminal:
-                raise
-            return True
-        finally:
-            if not reply.answers[0].text.endswith("\n"):
-                sys.stdout.write("\n")
-            sys.stdout.flush()
-        return False
-
-    async def _stream(self, prompt: list[int], params: SamplingParams, reply: Reply) -> None:
-        async with aclosing(self._session.stream(prompt, params, reply)) as pieces:
+    async def _stream(self, prompt: list[int], reply: Reply) -> None:
+        async with aclosing(self._session.stream(prompt, self._params, reply)) as pieces:
             async for _, piece in pieces:
-                sys.stdout.write(printable(piece, sys.stdout))
-                sys.stdout.flush()
+                show(piece)
+
+
+def show(piece: str) -> None:
+    """Write a piece of an answer."""
+    sys.stdout.write(printable(piece, sys.stdout))
+    sys.stdout.flush()
+
+
+def end_line(reply: Reply) -> None:
+    """End an answer's last line."""
+    if not reply.answers[0].text.endswith("\n"):
+        sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def forgotten(num_messages: int) -> str:
+    """The note about messages that were dropped; empty for none."""
+    return f"context full: forgot the oldest {plural(num_messages, 'message')}" if num_messages else ""
 
 
 class _History:

@@ -17,19 +17,17 @@ from octavo.errors import OctavoError
 from octavo.utils.text import did_you_mean
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "serve": ("octavo.cli.serve:main", "Serve a model over HTTP, with OpenAI's routes."),
     "generate": ("octavo.cli.generate:main", "Answer one or many prompts and leave."),
-    "chat": ("octavo.cli.chat:main", "Talk with a model in the terminal."),
+    "chat": ("octavo.cli.chat:main", "Talk with a model in the terminal, here or on a server."),
+    "complete": ("octavo.cli.remote:complete", "Let a model on a server continue texts."),
     "bench": ("octavo.cli.bench:main", "Measure latency, throughput, or fixed workloads."),
+    "run-batch": ("octavo.cli.run_batch:main", "Answer a file of requests in OpenAI's batch format."),
     "attention": ("octavo.cli.attention:main", "List the attention backends, and measure them."),
     "collect-env": ("octavo.cli.collect_env:main", "Describe this machine and installation, for bug reports."),
 }
 ABSENT: Mapping[str, str] = {
-    "serve": "the OpenAI-compatible HTTP server is not part of this version yet",
-    "complete": "it talks to the HTTP server, which is not part of this version yet; 'octavo generate --raw' completes "
-    "a text without one",
-    "run-batch": "running OpenAI batch files is not part of this version yet; 'octavo generate --json --prompt-lines "
-    "FILE' answers many prompts",
-    "launch": "the HTTP server is not part of this version yet",
+    "launch": "the HTTP server is started by octavo serve",
 }
 """Sub-commands that users of vLLM may type."""
 

@@ -53,8 +53,9 @@ class EngineArgs:
     )
     load_format: str = setting(
         "auto", "text", MODEL,
-        "How the weights are stored: auto looks at the files; dummy makes random weights of the right shapes.",
-        choices=("auto", "safetensors", "gguf", "dummy"), open_choices=True,
+        "How the weights are stored: auto looks at the files; pt is pytorch_model.bin, of which only tensors are read; "
+        "dummy makes random weights of the right shapes.",
+        choices=("auto", "safetensors", "gguf", "pt", "dummy"), open_choices=True,
     )  # fmt: skip
     dtype: str = setting(
         "auto", "text", MODEL,

@@ -27,11 +27,15 @@ VARIABLES: Mapping[str, Setting] = {
     "LOG_STATS_INTERVAL": Setting("number", "Seconds between two lines of statistics.", "", low=0, above_low=True),
     "ATTENTION_BACKEND": Setting("text", "As --attention-backend.", ""),
     "ALLOW_LONG_MAX_MODEL_LEN": Setting("count", "1: as --allow-long-max-model-len.", "", low=0, high=1),
+    "API_KEY": Setting("text", "A key that the server asks for; as --api-key.", ""),
+    "ADMIN_API_KEY": Setting("text", "A key for the server's administrators; as --admin-api-key.", ""),
     "CPU_KVCACHE_SPACE": Setting(
         "number", "GiB of KV cache on a CPU; as --kv-cache-memory-bytes.", "", low=0, above_low=True, high=2**20
     ),
 }
 """Each is read as ``OCTAVO_<name>``, else as ``VLLM_<name>``."""
+SECRET = ("API_KEY", "ADMIN_API_KEY")
+"""Their values are never shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,8 @@ class Environment:
     attention_backend: str | None = None
     allow_long_max_model_len: bool = False
     cpu_kv_cache_bytes: int | None = None
+    api_key: str | None = None
+    admin_api_key: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -63,7 +69,8 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
             continue
         values[name] = each.check(source, environ[source])
         over = f" (over {theirs})" if source == ours and environ.get(theirs) else ""
-        read.append(f"{source}={environ[source]}{over}")
+        shown = "(hidden)" if name in SECRET else environ[source]
+        read.append(f"{source}={shown}{over}")
     notes = [f"Read from the environment: {', '.join(read)}."] if read else []
     notes.extend(_unknown(environ))
     gib = values.get("CPU_KVCACHE_SPACE")
@@ -74,6 +81,8 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
         log_stats_interval_s=values.get("LOG_STATS_INTERVAL", 10.0),
         attention_backend=values.get("ATTENTION_BACKEND"),
         allow_long_max_model_len=bool(values.get("ALLOW_LONG_MAX_MODEL_LEN", 0)),
+        api_key=values.get("API_KEY"),
+        admin_api_key=values.get("ADMIN_API_KEY"),
         cpu_kv_cache_bytes=None if gib is None else int(gib * 2**30),
         notes=tuple(notes),
     )

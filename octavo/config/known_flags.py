@@ -33,14 +33,15 @@ def _table(
 
 
 _ONE_DEVICE = "this version runs on one device only"
-_SERVER = "it belongs to the HTTP server, which this version does not have yet"
+_SERVER = "it is a flag of octavo serve"
+_TOOLS = "tool calls are not supported yet"
 _NO_COMPILER = "nothing is compiled ahead of time"
 
 KNOWN_FLAGS: Mapping[str, KnownFlag] = {
     # What would change answers, memory or topology is refused.
     **_table(
         "pipeline-parallel-size pp data-parallel-size dp nnodes decode-context-parallel-size "
-        "prefill-context-parallel-size api-server-count",
+        "prefill-context-parallel-size",
         _ONE_DEVICE,
         "1",
     ),
@@ -62,20 +63,35 @@ KNOWN_FLAGS: Mapping[str, KnownFlag] = {
     **_table(
         "structured-outputs-config guided-decoding-backend", "structured outputs are not supported yet", "auto"
     ),
-    **_table("tool-call-parser tool-parser-plugin reasoning-parser reasoning-parser-plugin", _SERVER),
-    **_table("enable-auto-tool-choice", _SERVER, takes_value=False),
+    **_table("tool-call-parser tool-parser-plugin tool-server", _TOOLS),
+    **_table("enable-auto-tool-choice", _TOOLS, takes_value=False),
+    **_table("reasoning-parser-plugin", "parsers are tables in octavo/frontend/reasoning.py"),
     **_table(
-        "host port uds api-key root-path ssl-keyfile ssl-certfile ssl-ca-certs allowed-origins middleware "
-        "uvicorn-log-level max-log-len shutdown-timeout chat-template-content-format response-role "
-        "default-chat-template-kwargs otlp-traces-endpoint collect-detailed-traces",
+        "host port uds api-key admin-api-key root-path ssl-keyfile ssl-certfile ssl-ca-certs ssl-cert-reqs "
+        "allowed-origins allowed-methods allowed-headers uvicorn-log-level max-log-len shutdown-timeout "
+        "chat-template-content-format response-role default-chat-template-kwargs otlp-traces-endpoint reasoning-parser",
         _SERVER,
     ),
+    **_table("api-server-count", _SERVER, "1"),
     **_table(
-        "enable-log-requests enable-log-outputs enable-prompt-tokens-details enable-force-include-usage "
-        "enable-request-id-headers disable-uvicorn-access-log trust-request-chat-template disable-fastapi-docs",
+        "enable-log-requests enable-log-outputs enable-force-include-usage enable-request-id-headers "
+        "disable-uvicorn-access-log trust-request-chat-template disable-fastapi-docs allow-credentials "
+        "return-tokens-as-token-ids",
         _SERVER,
         takes_value=False,
     ),
+    **_table("middleware", "put a proxy in front of the server, or run octavo.server.app:build_app in a program"),
+    **_table("collect-detailed-traces", "spans have no further detail"),
+    **_table("h11-max-incomplete-event-size", "use --max-header-bytes", is_hint=True),
+    **_table("h11-max-header-count", "use --max-header-count", is_hint=True),
+    **_table("log-config-file", "use --log-format, OCTAVO_LOGGING_LEVEL and --uvicorn-log-level"),
+    **_table("ssl-ciphers", "TLS has Python's defaults; put a proxy in front for more"),
+    **_table("enable-ssl-refresh", "restart the server with the new certificate", takes_value=False),
+    **_table("enable-prompt-tokens-details enable-server-load-tracking", "it is always on", is_hint=True,
+             takes_value=False),
+    **_table("disable-log-requests no-enable-log-requests", "requests are not logged unless --enable-log-requests asks",
+             is_hint=True, takes_value=False),
+    **_table("enable-tokenizer-info-endpoint", "there is no such route", takes_value=False),
     **_table("tokenizer-mode", "there is one kind of tokenizer, the fast one", "auto", "hf"),
     **_table("tokenizer-revision", "give --tokenizer a folder with the tokenizer that you want"),
     **_table("code-revision", "no code is ever taken from a model"),

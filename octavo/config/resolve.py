@@ -362,7 +362,7 @@ def _tenant_weights(args: EngineArgs) -> dict[str, float]:
 
 def _load(args: EngineArgs, located: Located, notes: list[Decision]) -> LoadConfig:
     load_format = args.load_format
-    if located.format == "none" and load_format in ("auto", "safetensors", "gguf"):
+    if located.format == "none" and load_format in ("auto", "safetensors", "gguf", "pt"):
         raise ConfigError(
             f"{located.path} holds a config.json but no weights: for random ones, add --load-format dummy",
             param="load_format",
@@ -370,7 +370,7 @@ def _load(args: EngineArgs, located: Located, notes: list[Decision]) -> LoadConf
     if load_format == "auto":
         load_format = located.format
         notes.append(Decision("load_format", load_format, "what the files are"))
-    elif load_format in ("safetensors", "gguf") and load_format != located.format:
+    elif load_format in ("safetensors", "gguf", "pt") and load_format != located.format:
         raise ConfigError(
             f"load_format is {load_format}, but {located.path} holds {located.format}: leave it out",
             param="load_format",

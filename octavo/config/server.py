@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from octavo.config.guard import GuardConfig
 from octavo.config.setting import setting, settings_of
 from octavo.errors import ConfigError
 
@@ -18,7 +19,7 @@ INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig:
+class ServerConfig(GuardConfig):
     """What was asked of the server.
 
     Raises:

@@ -14,18 +14,21 @@ import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from octavo.config.args import EngineArgs
-from octavo.engine.frontend import Frontend, start_frontend
+from octavo.engine.frontend import AnyOutput, Frontend, start_frontend
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import ProcessedRequest, Prompt, TokensPrompt
+from octavo.frontend.pooling_processor import ProcessedPooling
 from octavo.frontend.tokenizer import Tokenizer
 from octavo.messages import EngineReady, RequestTimeline
 from octavo.observability.metrics import Metric
 from octavo.observability.request_stats import RequestStats
 from octavo.outputs import RequestOutput
+from octavo.pooling_outputs import PoolingRequestOutput
+from octavo.pooling_params import PoolingParams
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -37,23 +40,24 @@ PUMP_SLICE_S = 1.0
 class _Stream:
     """The outputs of one request on their way to its reader. Touched by the reader's event loop only."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, *, is_delta: bool = False) -> None:
         self.loop = asyncio.get_running_loop()
-        self._is_delta = params.output_kind is RequestOutputKind.DELTA
-        self._pending: RequestOutput | None = None
+        self._is_delta = is_delta
+        self._pending: AnyOutput | None = None
         self._error: BaseException | None = None
         self._arrived = asyncio.Event()
 
-    def put(self, item: RequestOutput | BaseException) -> None:
+    def put(self, item: AnyOutput | BaseException) -> None:
         if isinstance(item, BaseException):
             self._error = item
         elif self._pending is None:
             self._pending = item
         else:
+            assert isinstance(self._pending, RequestOutput) and isinstance(item, RequestOutput), "one answer per text"
             self._pending.add(item, delta=self._is_delta)  # the reader fell behind
         self._arrived.set()
 
-    async def get(self) -> RequestOutput:
+    async def get(self) -> AnyOutput:
         while self._pending is None:
             if self._error is not None:
                 raise self._error
@@ -158,17 +162,62 @@ class AsyncLLM:
         options = {"priority": priority, "tenant": tenant, "lora_request": lora_request}
         request_id = f"async-{next(self._frontend.next_id)}" if request_id is None else request_id
         request = await self._process(request_id, prompt, sampling_params, options)
-        stream = _Stream(request.params)
+        stream = _Stream(is_delta=request.params.output_kind is RequestOutputKind.DELTA)
         self._submit(request, stream)
         is_finished = False
         try:
             while not is_finished:
                 output = await stream.get()
+                assert isinstance(output, RequestOutput)
                 is_finished = output.finished
                 yield output
         finally:
             if not is_finished:
                 self._drop(request_id, stream)
+
+    async def encode(
+        self,
+        prompt: object,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        task: str = "encode",
+        priority: int = 0,
+        tenant: str = "default",
+    ) -> PoolingRequestOutput:
+        """The vector or the scores of a text, by a model that pools. Cancelling the task aborts the request.
+
+        Args:
+            prompt: Text, token ids, or a mapping; see ``PoolingProcessor.process``.
+            pooling_params: None for the model's own.
+            request_id: Unique among the unfinished ones; None draws one.
+            task: embed, classify, score or token_embed, where ``pooling_params`` do not say; encode: what the model is
+                made for.
+            priority: Lower runs first, under the priority policy.
+            tenant: Whose request it is.
+
+        Raises:
+            InvalidRequestError, ContextLengthError, QueueFullError: The request was refused.
+            EngineDeadError: The engine has ended.
+        """
+        request_id = f"async-{next(self._frontend.next_id)}" if request_id is None else request_id
+        options = {"task": task, "priority": priority, "tenant": tenant}
+        if _num_chars(prompt) > LONG_PROMPT_CHARS:
+            process = self._frontend.process_pooling
+            request = await asyncio.to_thread(process, request_id, prompt, pooling_params, **options)
+        else:
+            request = self._frontend.process_pooling(request_id, prompt, pooling_params, **options)
+        stream = _Stream()
+        self._submit(request, stream)
+        is_finished = False
+        try:
+            output = await stream.get()
+            is_finished = True
+        finally:
+            if not is_finished:
+                self._drop(request_id, stream)
+        assert isinstance(output, PoolingRequestOutput)
+        return output
 
     async def abort(self, request_id: str | list[str], *, only_if_waiting: bool = False) -> None:
         """End requests early; their readers get a last output with ``finish_reason`` ``abort``. Unknown ids are
@@ -246,7 +295,7 @@ class AsyncLLM:
             return await asyncio.to_thread(self._frontend.process, request_id, prompt, params, **options)
         return self._frontend.process(request_id, prompt, params, **options)
 
-    def _submit(self, request: ProcessedRequest, stream: _Stream) -> None:
+    def _submit(self, request: ProcessedRequest | ProcessedPooling, stream: _Stream) -> None:
         with self._lock:
             self._check_alive()
             self._frontend.submit(request)
@@ -278,7 +327,7 @@ class AsyncLLM:
                     continue
                 with self._lock:
                     outputs, refusals = self._frontend.take(received)
-                    items: list[tuple[str, RequestOutput | BaseException]] = [
+                    items: list[tuple[str, AnyOutput | BaseException]] = [
                         (output.request_id, output) for output in outputs
                     ]
                     items += [(refusal.request_id, refusal.cause) for refusal in refusals]
@@ -288,9 +337,9 @@ class AsyncLLM:
                 logger.exception("the output thread failed")
             self._fail(error)
 
-    def _deliver(self, items: list[tuple[str, RequestOutput | BaseException]]) -> None:
+    def _deliver(self, items: list[tuple[str, AnyOutput | BaseException]]) -> None:
         """Hand each item to its stream, with one wake-up per event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput | BaseException]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, AnyOutput | BaseException]]] = {}
         for request_id, item in items:
             is_last = isinstance(item, BaseException) or item.finished
             stream = self._streams.pop(request_id, None) if is_last else self._streams.get(request_id)
@@ -340,6 +389,12 @@ class AsyncLLM:
         await asyncio.to_thread(self.shutdown)
 
 
-def _put_all(pairs: list[tuple[_Stream, RequestOutput | BaseException]]) -> None:
+def _num_chars(prompt: object) -> int:
+    """Of the texts of a prompt."""
+    texts = cast("Mapping[str, object]", prompt).values() if isinstance(prompt, Mapping) else (prompt,)
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def _put_all(pairs: list[tuple[_Stream, AnyOutput | BaseException]]) -> None:
     for stream, item in pairs:
         stream.put(item)

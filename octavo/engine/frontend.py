@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +26,22 @@ from octavo.engine.launch import BUILD, OnStarting, launch_engine
 from octavo.errors import EngineDeadError, InvalidRequestError, OctavoError
 from octavo.frontend.input_processor import InputProcessor, ProcessedRequest, Prompt
 from octavo.frontend.output_processor import OutputProcessor
+from octavo.frontend.pooling_processor import PoolingOutputs, PoolingProcessor, ProcessedPooling
 from octavo.frontend.tokenizer import Tokenizer, load_tokenizer
 from octavo.messages import EngineCoreOutput, EngineCoreOutputs, EngineSnapshot, EngineStarting, RequestTimeline
 from octavo.observability.metrics import Metric, metrics_of, request_metrics
 from octavo.observability.request_stats import RequestStats
 from octavo.observability.stats import LOG_INTERVAL_S, ThroughputMeter
 from octavo.outputs import RequestOutput
+from octavo.pooling_outputs import PoolingRequestOutput
+from octavo.pooling_params import PoolingParams
 from octavo.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
+
+
+AnyOutput = RequestOutput | PoolingRequestOutput
+"""What callers get: the one from engines that generate, the other from those that pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,7 @@ class Frontend:
         tokenizer: None under ``skip_tokenizer_init``.
         log_stats: Whether to log throughput while the engine works.
         log_interval_s: Seconds between two such lines.
+        client_index: Which frontend of the engine this is.
     """
 
     def __init__(
@@ -61,14 +69,28 @@ class Frontend:
         tokenizer: Tokenizer | None,
         log_stats: bool = False,
         log_interval_s: float = LOG_INTERVAL_S,
+        client_index: int = 0,
     ) -> None:
         config = client.ready.config
         self.client = client
         self.tokenizer = tokenizer
-        self.inputs = InputProcessor(config.model, config.frontend, config.scheduler.max_model_len, tokenizer)
+        self.inputs = InputProcessor(
+            config.model, config.frontend, config.scheduler.max_model_len, tokenizer, client_index=client_index
+        )
         # An engine in this process shares its thread with us: there nothing is counted that nobody asked for.
         self.stats = RequestStats() if log_stats or not isinstance(client, InProcessClient) else None
-        self.outputs = OutputProcessor(tokenizer, self.stats)
+        pooling = config.pooling
+        self.pooling = (
+            None
+            if pooling is None
+            else PoolingProcessor(
+                config.model, pooling, config.scheduler.max_model_len, tokenizer, client_index=client_index
+            )
+        )
+        """Makes requests of a model that pools; None for one that generates."""
+        self.outputs: OutputProcessor | PoolingOutputs = (
+            OutputProcessor(tokenizer, self.stats) if pooling is None else PoolingOutputs()
+        )
         self.next_id = itertools.count()
         num_blocks = client.ready.num_blocks
         self._snapshot = EngineSnapshot(time.monotonic(), num_blocks=num_blocks, num_free_blocks=num_blocks - 1)
@@ -89,10 +111,42 @@ class Frontend:
     def process(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None, **options: Any
     ) -> ProcessedRequest:
-        """Check one prompt; see ``InputProcessor.process``. Queues nothing."""
+        """Check one prompt; see ``InputProcessor.process``. Queues nothing.
+
+        Raises:
+            InvalidRequestError: Also when the model pools.
+        """
+        if self.pooling is not None:
+            raise InvalidRequestError(
+                "this model makes embeddings or scores and no text (runner pooling): use embed, classify, score or "
+                "encode"
+            )
         return self.inputs.process(request_id, prompt, params, **options)
 
-    def submit(self, request: ProcessedRequest) -> None:
+    def process_pooling(
+        self, request_id: str, prompt: object, params: PoolingParams | None, **options: Any
+    ) -> ProcessedPooling:
+        """Check one text; see ``PoolingProcessor.process``. Queues nothing.
+
+        Raises:
+            InvalidRequestError: Also when the model generates.
+        """
+        return self.need_pooling.process(request_id, prompt, params, **options)
+
+    @property
+    def need_pooling(self) -> PoolingProcessor:
+        """What makes requests of a model that pools.
+
+        Raises:
+            InvalidRequestError: The model generates.
+        """
+        if self.pooling is None:
+            raise InvalidRequestError(
+                "this engine generates text (runner generate); for embeddings start it with --runner pooling"
+            )
+        return self.pooling
+
+    def submit(self, request: ProcessedRequest | ProcessedPooling) -> None:
         """Queue a checked prompt.
 
         Raises:
@@ -100,7 +154,7 @@ class Frontend:
             EngineDeadError: The engine has ended.
             QuarantinedError: The engine ended twice over this very request.
         """
-        self.outputs.register(request)
+        self.outputs.register(request)  # pyright: ignore[reportArgumentType] - made by this frontend for its kind
         try:
             self.client.submit(request.core_requests)
         except OctavoError:
@@ -111,7 +165,7 @@ class Frontend:
         """Forget requests here and end them in the engine; unknown ids are ignored. No output follows."""
         self.client.abort(self.outputs.forget(request_ids))
 
-    def take(self, received: EngineCoreOutputs) -> tuple[list[RequestOutput], list[Refusal]]:
+    def take(self, received: EngineCoreOutputs) -> tuple[Sequence[AnyOutput], list[Refusal]]:
         """What one message of the engine means for the callers. Requests that a stop string ended are aborted."""
         if received.snapshot is not None:
             self._snapshot = received.snapshot
@@ -175,12 +229,13 @@ def start_frontend(args: EngineArgs, in_process: bool, log_stats: bool | None = 
     return assemble(lambda on_starting: launch_engine(args, in_process, on_starting, build), is_logging)
 
 
-def assemble(connect: Callable[[OnStarting], EngineClient], is_logging: bool) -> Frontend:
+def assemble(connect: Callable[[OnStarting], EngineClient], is_logging: bool, client_index: int = 0) -> Frontend:
     """A frontend around a client, with the tokenizer built in a thread while the engine loads.
 
     Args:
         connect: Starts the engine, or finds it, and waits until it takes requests.
         is_logging: Whether to log throughput while the engine works.
+        client_index: Which frontend of the engine this is.
 
     Raises:
         ConfigError, ModelNotFoundError, CheckpointError, EngineDeadError: As ``connect`` does; a tokenizer's fault too.
@@ -195,7 +250,8 @@ def assemble(connect: Callable[[OnStarting], EngineClient], is_logging: bool) ->
         client = connect(on_starting)
         try:
             tokenizer = loading[0].result() if loading else _load_tokenizer(client.ready.config.frontend)
-            return Frontend(client, tokenizer, is_logging, read_environment(os.environ).log_stats_interval_s)
+            interval_s = read_environment(os.environ).log_stats_interval_s
+            return Frontend(client, tokenizer, is_logging, interval_s, client_index)
         except BaseException:
             client.close()
             raise

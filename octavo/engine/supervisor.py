@@ -69,6 +69,10 @@ class SupervisorOptions:
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     watch: WatchSettings = field(default_factory=WatchSettings)
     log_stats: bool = False
+    client_index: int = 0
+    """Which frontend of the engine this is."""
+    on_phase: Callable[[str], None] | None = None
+    """Called, from another thread, with what an engine that starts does now, in words."""
     on_ready: Callable[[], None] | None = None
     """Called once, from another thread, when the first engine takes requests."""
     on_failed: Callable[[OctavoError], None] | None = None
@@ -104,7 +108,7 @@ class EngineSupervisor:
         cls, args: EngineArgs, options: SupervisorOptions | None = None, *, build: str = BUILD
     ) -> EngineSupervisor:
         """A supervisor of an engine in a child process; not started yet."""
-        return cls(lambda listener: launch_engine(args, False, None, build, listener), options)
+        return cls(launcher(args, build), options)
 
     def start(self) -> None:
         """Begin to start the engine, in the background. Once."""
@@ -234,6 +238,10 @@ class EngineSupervisor:
         """See ``AsyncLLM.chat_prompt``."""
         return self.llm.chat_prompt(messages, options)
 
+    def tokenize_prompt(self, text: str, *, add_special_tokens: bool = True, keep: int | None = None) -> TokensPrompt:
+        """See ``AsyncLLM.tokenize_prompt``."""
+        return self.llm.tokenize_prompt(text, add_special_tokens=add_special_tokens, keep=keep)
+
     async def reset_prefix_cache(self) -> bool:
         """See ``AsyncLLM.reset_prefix_cache``."""
         return await self.llm.reset_prefix_cache()
@@ -324,7 +332,7 @@ class EngineSupervisor:
     def _start(self) -> None:
         """Body of a thread."""
         try:
-            frontend = assemble(self._connect, self._options.log_stats)
+            frontend = assemble(self._connect, self._options.log_stats, self._options.client_index)
         except Exception as error:  # border of the thread
             if self._is_closing:
                 return
@@ -351,6 +359,8 @@ class EngineSupervisor:
     def _launch_and_tell(self, listener: LaunchListener) -> EngineClient:
         def note_phase(phase: str) -> None:
             self._phase = phase
+            if self._options.on_phase is not None:
+                self._options.on_phase(phase)
 
         return self._launch(LaunchListener(listener.on_starting, note_phase, listener.on_process))
 
@@ -361,6 +371,18 @@ class EngineSupervisor:
                 process.kill()
 
     def _fail(self, error: OctavoError) -> None:
+        if "\n" in error.message:
+            logger.error("%s", error.message)  # with its stack; whoever tells it to people cuts that off
         self._failure = error
         if self._options.on_failed is not None:
             self._options.on_failed(error)
+
+
+def launcher(args: EngineArgs, build: str = BUILD) -> Launch:
+    """What starts an engine in a child process, again and again.
+
+    Args:
+        args: What the user asked for.
+        build: See ``launch_engine``.
+    """
+    return lambda listener: launch_engine(args, False, None, build, listener)

@@ -2,8 +2,8 @@
 
 Follows the conventions that authors of Hugging Face templates rely on: ``trim_blocks`` and ``lstrip_blocks``, loop
 controls, a plain ``tojson``, ``raise_exception``, ``strftime_now``, and the ``generation`` tag (of training, ignored).
-A template comes with a checkpoint and is not trusted: it runs sandboxed, may not grow text without bound, and sees
-only the variables below. CPU time is not bounded; templates out of requests are refused unless the caller allows them.
+A template comes with a checkpoint, or even with a request, and is not trusted: it sees only the variables below, and
+runs in ``template_sandbox.py``, which bounds its time and its memory.
 
 Knows no tokenizer: the special tokens are given as text. Next: ``tokenizer.py``.
 """
@@ -14,21 +14,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, cast
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from octavo.errors import ConfigError, InvalidRequestError
+from octavo.frontend.template_sandbox import TemplateRefusedError, TemplateSandbox
 
-MAX_RENDERED_CHARS = 64 << 20
-"""A conversation that becomes longer than this is refused; the longest contexts of today are a tenth of it."""
-ROLES = frozenset({"system", "developer", "user", "assistant"})
-TOOL_ROLES = frozenset({"tool", "function"})
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 MEDIA_PARTS = frozenset(
     {"image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file"}
 )
@@ -41,72 +34,6 @@ RESERVED_VARIABLES = frozenset(
 _CONTINUE_MARK = "\ue000octavo-continue-here\ue001"
 
 
-class _GenerationTag(Extension):
-    """``{% generation %}...{% endgeneration %}`` marks what a trainer learns from: here just its body."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _TemplateRefusedError(TemplateError):
-    """A template called ``raise_exception``."""
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with a bound on what one operator can make: ``"a" * 10**9`` never yields for others to count."""
-
-    intercepted_binops = frozenset({"*", "**", "%"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            for some, times in ((left, right), (right, left)):
-                if not isinstance(some, str | list | tuple) or not isinstance(times, int):
-                    continue
-                if len(cast("Sequence[object]", some)) * times > MAX_RENDERED_CHARS:
-                    raise SecurityError("the template repeats a text too often")
-        elif operator == "**" and not _small_power(left, right):
-            raise SecurityError("the template raises a number to too high a power")
-        elif operator == "%" and isinstance(left, str) and re.search(r"%[^a-zA-Z%]*(\d{5,}|\*)", left):
-            raise SecurityError("the template pads a text too far")
-        return super().call_binop(context, operator, left, right)
-
-
-def _small_power(base: object, exponent: object) -> bool:
-    return not isinstance(base, int) or not isinstance(exponent, int) or base.bit_length() * exponent <= 4096
-
-
-def _raise_exception(message: object) -> str:
-    raise _TemplateRefusedError(str(message))
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _tojson(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own escapes <, > and & for HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _make_environment() -> _Environment:
-    environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
-    )
-    names = cast("Any", environment)  # jinja2 leaves the types of both tables open
-    names.filters["tojson"] = _tojson
-    names.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-    return environment
-
-
 def check_template(source: str) -> None:
     """Look at a template that the user gave at start-up.
 
@@ -114,7 +41,7 @@ def check_template(source: str) -> None:
         ConfigError: It is not valid Jinja.
     """
     try:
-        _make_environment().parse(source)
+        TemplateSandbox().parse(source)
     except TemplateSyntaxError as exc:
         raise ConfigError(
             f"the chat template given is not valid Jinja: line {exc.lineno}: {exc.message}", param="chat_template"
@@ -132,7 +59,8 @@ class ChatOptions:
     chat_template: str | None = None
     """Name of one of the tokenizer's templates, or a template; None for the default."""
     content_format: str = "auto"
-    """``string`` (and ``auto``): text parts are joined by newlines; ``openai``: templates get lists of parts."""
+    """``string``: text parts are joined by newlines; ``openai``: templates get lists of parts; ``auto``: whichever the
+    template looks for."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further variables for the template, such as ``enable_thinking``."""
     documents: Sequence[Mapping[str, str]] | None = None
@@ -154,7 +82,7 @@ class ChatTemplates:
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         self._sources = dict(sources)
         self._special_tokens = dict(special_tokens)
-        self._environment = _make_environment()  # keeps the last 400 compiled templates itself
+        self._sandbox = TemplateSandbox()
 
     @property
     def names(self) -> list[str]:
@@ -209,11 +137,11 @@ class ChatTemplates:
         options = options or ChatOptions()
         _check_options(options)
         source = self.source(options.chat_template)
-        conversation = check_messages(messages, keep_parts=options.content_format == "openai")
-        if "developer" not in source:
-            for message in conversation:  # OpenAI's newer word for the same thing
-                if message["role"] == "developer":
-                    message["role"] = "system"
+        if options.documents is not None and "documents" not in source:
+            raise InvalidRequestError("documents: this model's chat template knows no documents", param="documents")
+        keep_parts = options.content_format == "openai" or (options.content_format == "auto" and wants_parts(source))
+        conversation = check_messages(messages, keep_parts=keep_parts)
+        _adapt_roles(conversation, source)
         if options.continue_final_message:
             _mark_end(conversation[-1])
         variables: dict[str, Any] = {
@@ -221,7 +149,7 @@ class ChatTemplates:
             **options.template_kwargs,
             "messages": conversation,
             "tools": None,
-            "documents": None,
+            "documents": options.documents,
             "add_generation_prompt": options.add_generation_prompt,
         }
         text = self._run(source, variables)
@@ -237,17 +165,9 @@ class ChatTemplates:
         return text[:end].replace(_CONTINUE_MARK, "")
 
     def _run(self, source: str, variables: dict[str, Any]) -> str:
-        parts: list[str] = []
-        size = 0
         try:
-            for part in self._environment.from_string(source).generate(variables):
-                size += len(part)
-                if size > MAX_RENDERED_CHARS:
-                    raise InvalidRequestError(
-                        f"the rendered conversation is longer than {MAX_RENDERED_CHARS} characters", param="messages"
-                    )
-                parts.append(part)
-        except _TemplateRefusedError as exc:
+            return self._sandbox.render_bounded(source, variables)
+        except TemplateRefusedError as exc:
             raise InvalidRequestError(f"the chat template refuses this conversation: {exc}", param="messages") from exc
         except TemplateSyntaxError as exc:
             raise InvalidRequestError(
@@ -261,13 +181,14 @@ class ChatTemplates:
             AttributeError,
             ArithmeticError,
             RecursionError,
+            MemoryError,
+            SyntaxError,
         ) as exc:
             if isinstance(exc, InvalidRequestError):
                 raise
             raise InvalidRequestError(
                 f"the chat template failed on this conversation: {type(exc).__name__}: {exc}", param="messages"
             ) from exc
-        return "".join(parts)
 
 
 def _check_options(options: ChatOptions) -> None:
@@ -315,23 +236,101 @@ def _check_message(message: object, where: str, keep_parts: bool) -> dict[str, A
         raise InvalidRequestError(f"{where} must be an object with role and content", param=where)
     copy: dict[str, Any] = {str(key): value for key, value in cast("Mapping[object, Any]", message).items()}
     role = copy.get("role")
-    if role in TOOL_ROLES or copy.get("tool_calls") or copy.get("function_call"):
-        param = f"{where}.role" if role in TOOL_ROLES else f"{where}.tool_calls"
-        raise InvalidRequestError(f"{where}: tool calls are not supported by this version of Octavo yet", param=param)
     if not isinstance(role, str) or role not in ROLES:
         raise InvalidRequestError(
             f"{where}.role is {str(role)[:40]!r}, but must be one of {', '.join(sorted(ROLES))}", param=f"{where}.role"
         )
+    calls = _settle_calls(copy, role, where)
+    _respell_reasoning(copy)
     content = copy.get("content")
     if isinstance(content, str):
         texts = [content]
     elif isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
         parts = cast("Sequence[object]", content)
         texts = [_part_text(part, f"{where}.content[{index}]") for index, part in enumerate(parts)]
+    elif content is None and role == "assistant" and (calls or copy.get("refusal") or copy.get("reasoning_content")):
+        texts = [str(copy.pop("refusal", None) or "")]
     else:
         raise InvalidRequestError(f"{where}.content must be a string or a list of text parts", param=f"{where}.content")
     copy["content"] = [{"type": "text", "text": text} for text in texts] if keep_parts else "\n".join(texts)
     return copy
+
+
+def _settle_calls(copy: dict[str, Any], role: str, where: str) -> bool:
+    """Check what a message says of tools; whether it has calls."""
+    for name in ("function_call", "audio"):
+        if copy.pop(name, None) is not None:
+            raise InvalidRequestError(f"{where}.{name} is not supported", param=f"{where}.{name}")
+    if role == "tool" and not isinstance(copy.get("tool_call_id"), str):
+        raise InvalidRequestError(
+            f"{where}.tool_call_id is missing: a tool message answers a call", param=f"{where}.tool_call_id"
+        )
+    calls = copy.pop("tool_calls", None)
+    if calls:
+        if role != "assistant":
+            raise InvalidRequestError(
+                f"{where}.tool_calls: only an assistant's message has them", param=f"{where}.tool_calls"
+            )
+        copy["tool_calls"] = _check_calls(calls, f"{where}.tool_calls")
+    return bool(calls)
+
+
+def _check_calls(calls: object, where: str) -> list[dict[str, Any]]:
+    """The calls of an earlier answer, their arguments as the table that templates expect."""
+    if not isinstance(calls, list):
+        raise InvalidRequestError(f"{where} must be a list of calls", param=where)
+    checked: list[dict[str, Any]] = []
+    for index, call in enumerate(cast("list[object]", calls)):
+        here = f"{where}[{index}]"
+        fields: Mapping[str, Any] = cast("Mapping[str, Any]", call) if isinstance(call, Mapping) else {}
+        function: object = fields.get("function")
+        if not isinstance(function, Mapping) or fields.get("type", "function") != "function":
+            raise InvalidRequestError(f"{here} must be a call of a function", param=here)
+        inner = cast("Mapping[str, Any]", function)
+        name: object = inner.get("name")
+        arguments: object = inner.get("arguments")
+        if not isinstance(name, str) or not name:
+            raise InvalidRequestError(f"{here}.function.name must be a string", param=f"{here}.function.name")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments) if arguments.strip() else {}
+            except (ValueError, RecursionError):
+                arguments = None
+        if not isinstance(arguments, dict):
+            raise InvalidRequestError(
+                f"{here}.function.arguments must be a JSON object, as text", param=f"{here}.function.arguments"
+            )
+        checked.append({**fields, "type": "function", "function": {**inner, "arguments": arguments}})
+    return checked
+
+
+def _respell_reasoning(message: dict[str, Any]) -> None:
+    """Thoughts of an earlier answer under both names, as templates look for either."""
+    for name, other in (("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")):
+        if isinstance(message.get(name), str) and message.get(other) is None:
+            message[other] = message[name]
+        elif not isinstance(message.get(name), str):
+            message.pop(name, None)
+
+
+def wants_parts(source: str) -> bool:
+    """Whether a template goes through the parts of a message's content, and never takes it as a text."""
+    loops = re.search(r"for\s+\w+\s+in\s+(?:message|msg|m)(?:\.content|\[['\"]content['\"]\])", source)
+    return loops is not None and "content is string" not in source and "is string" not in source
+
+
+def _adapt_roles(conversation: list[dict[str, Any]], source: str) -> None:
+    """Roles that the template does not know: said in another way, or refused."""
+    for index, message in enumerate(conversation):
+        role = message["role"]
+        if role == "developer" and "developer" not in source:
+            message["role"] = "system"  # OpenAI's newer word for the same thing
+        elif (role == "tool" or "tool_calls" in message) and "tool" not in source:
+            field = "role" if role == "tool" else "tool_calls"
+            raise InvalidRequestError(
+                f"messages[{index}].{field}: this model's chat template knows no tools",
+                param=f"messages[{index}].{field}",
+            )
 
 
 def _part_text(part: object, where: str) -> str:

@@ -25,6 +25,8 @@ from octavo.sampling_params import INT64_MAX, SamplingParams
 
 MAX_LOGIT_BIAS = 100.0
 MAX_SALT_CHARS = 256
+FIRST_CLIENT_PART = 10**6
+"""Above any index of an answer."""
 MAX_TENANT_CHARS = 256
 CHARS_PER_TOKEN_GUESS = 6
 """How much text is tokenized at first to see whether a long one can fit: more than prose has per token."""
@@ -173,8 +175,8 @@ class InputProcessor:
             raise InvalidRequestError(
                 "LoRA adapters are not supported by this version of Octavo yet", param="lora_request"
             )
-        _check_label("request_id", request_id, 1024)
-        _check_label("tenant", tenant, MAX_TENANT_CHARS)
+        check_label("request_id", request_id, 1024)
+        check_label("tenant", tenant, MAX_TENANT_CHARS)
         if not _is_int(priority) or not -INT64_MAX <= priority <= INT64_MAX:
             raise InvalidRequestError(f"priority is {priority!r}, but must be an integer", param="priority")
         if params is None:
@@ -188,9 +190,10 @@ class InputProcessor:
         checked = self._check_prompt(prompt)
         sampling = self._resolve(params, len(checked.token_ids))
         arrival = time.time() if arrival_time_s is None else arrival_time_s
+        core_id = core_request_id(request_id, self._client_index)
         requests = [
             EngineCoreRequest(
-                request_id=request_id if params.n == 1 else f"{request_id}#{index}",
+                request_id=core_id if params.n == 1 else f"{core_id}#{index}",
                 prompt_token_ids=checked.token_ids,
                 sampling=sampling if index == 0 else _for_child(sampling, params, index),
                 arrival_time_s=arrival,
@@ -222,7 +225,7 @@ class InputProcessor:
             )
         salt = prompt.get("cache_salt")
         if salt is not None:
-            _check_label("cache_salt", salt, MAX_SALT_CHARS)
+            check_label("cache_salt", salt, MAX_SALT_CHARS)
         text = prompt.get("prompt")
         if text is not None and not isinstance(text, str):
             raise InvalidRequestError(f"prompt is a {type(text).__name__}, but must be a string", param="prompt")
@@ -452,6 +455,11 @@ def _for_child(sampling: ResolvedSampling, params: SamplingParams, index: int) -
     )
 
 
+def core_request_id(request_id: str, client_index: int) -> str:
+    """The engine's name for a request: two frontends may have requests of one id, and ``#`` parts belong to it."""
+    return request_id if client_index == 0 else f"{request_id}#{FIRST_CLIENT_PART + client_index}"
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -460,6 +468,11 @@ def _unique(ids: Sequence[int] | None) -> list[int]:
     return list(dict.fromkeys(ids)) if ids else []
 
 
-def _check_label(param: str, value: object, max_chars: int) -> None:
+def check_label(param: str, value: object, max_chars: int) -> None:
+    """Refuse what is no short, non-empty string.
+
+    Raises:
+        InvalidRequestError: It is not.
+    """
     if not isinstance(value, str) or not 0 < len(value) <= max_chars:
         raise InvalidRequestError(f"{param} must be a string of 1 to {max_chars} characters", param=param)

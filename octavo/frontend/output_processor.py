@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from octavo.errors import InvalidRequestError
 from octavo.frontend.detokenizer import Detokenizer
@@ -40,11 +40,14 @@ class RequestObserver(Protocol):
     ) -> None: ...
 
 
+Out = TypeVar("Out")
+
+
 @dataclass(frozen=True, slots=True)
-class ProcessedOutputs:
+class ProcessedOutputs(Generic[Out]):
     """One batch of the core's outputs, as the callers see it."""
 
-    request_outputs: list[RequestOutput]
+    request_outputs: list[Out]
     """At most one per request."""
     abort_ids: list[str]
     """Core request ids that a stop string ended here and that the core still runs."""
@@ -334,7 +337,7 @@ class OutputProcessor:
             del self._answers[core_id]
         return forgotten
 
-    def process(self, outputs: Sequence[EngineCoreOutput]) -> ProcessedOutputs:
+    def process(self, outputs: Sequence[EngineCoreOutput]) -> ProcessedOutputs[RequestOutput]:
         """Take in what the core sent. Outputs for requests that are not known (any more) are dropped."""
         now = _Now(time.time(), time.monotonic())
         touched: dict[str, _Request] = {}

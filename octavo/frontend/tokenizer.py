@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, overload
 
+from tokenizers import Encoding
+
 from octavo.checkpoint.tokenizer_data import TokenizerData, load_tokenizer_data
 from octavo.errors import InvalidRequestError
 from octavo.frontend.chat_template import ChatOptions, ChatTemplates, check_template
@@ -190,6 +192,11 @@ class Tokenizer:
         Raises:
             InvalidRequestError: The text has half a surrogate pair, which no encoding has.
         """
+        self._check_text(text)
+        return self._raw.encode(text, add_special_tokens=add_special_tokens).ids
+
+    @staticmethod
+    def _check_text(text: str) -> None:
         if not text.isascii():
             try:
                 text.encode()
@@ -197,7 +204,43 @@ class Tokenizer:
                 raise InvalidRequestError(
                     "the text has a lone surrogate (half of a UTF-16 pair) and is not valid Unicode", param="prompt"
                 ) from exc
-        return self._raw.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_pair(self, text: str, second: str | None, max_tokens: int | None = None) -> tuple[list[int], int]:
+        """Token ids of a text, or of two that are read together, within the frame of special tokens.
+
+        Args:
+            text: Any text.
+            second: The other one; None for one alone.
+            max_tokens: Cut to so many ids, the frame included: from the end of the longer one of two.
+
+        Returns:
+            The ids, and where those begin that the tokenizer marks as the second text's (0 where it marks none).
+
+        Raises:
+            InvalidRequestError: A text has half a surrogate pair, or not even the frame fits.
+        """
+        first = self._bare(text)
+        other = None if second is None else self._bare(second)
+        if max_tokens is not None:
+            room = max_tokens - self._raw.num_special_tokens_to_add(other is not None)
+            if room < 1:
+                raise InvalidRequestError(
+                    f"truncate_prompt_tokens is {max_tokens}, but the tokenizer's own special tokens take "
+                    f"{max_tokens - room}",
+                    param="truncate_prompt_tokens",
+                )
+            keep_first, keep_other = _share(len(first.ids), 0 if other is None else len(other.ids), room)
+            first.truncate(keep_first)
+            if other is not None:
+                other.truncate(keep_other)
+        whole = self._raw.post_process(first, other, True)
+        types = whole.type_ids
+        return whole.ids, types.index(1) if 1 in types else 0
+
+    def _bare(self, text: str) -> Encoding:
+        """Without special tokens around it."""
+        self._check_text(text)
+        return self._raw.encode(text, add_special_tokens=False)
 
     def encode_inner(self, text: str) -> list[int]:
         """Token ids of a text as it stands within another, with no space put before it."""
@@ -312,6 +355,18 @@ class Tokenizer:
         )
         text = self.chat_templates.render(conversation, options)
         return self.encode(text, add_special_tokens=False) if tokenize else text
+
+
+def _share(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many of ``first`` and ``second`` tokens are kept, so that the longer one is cut first."""
+    if first + second <= room:
+        return first, second
+    half = room // 2
+    if second <= half:
+        return room - second, second
+    if first <= room - half:
+        return first, room - first
+    return room - half, half
 
 
 def load_tokenizer(path: str | os.PathLike[str], chat_template: str | None = None) -> Tokenizer:

@@ -30,6 +30,7 @@ class LayerContext:
         device: torch.device | str = "cpu",
         kv_dtype: torch.dtype | None = None,
         max_model_len: int | None = None,
+        is_bidirectional: bool = False,
     ) -> None:
         """Make a context.
 
@@ -40,6 +41,7 @@ class LayerContext:
             device: Where weights live.
             kv_dtype: Of the KV cache; ``dtype`` when not given.
             max_model_len: Longest sequence, for position tables; the model's own maximum when not given.
+            is_bidirectional: Whether every token sees the whole text (encoders).
         """
         self.dtype = dtype
         self.device = torch.device(device)
@@ -47,6 +49,7 @@ class LayerContext:
         self.block_size = block_size
         self.kv_dtype = kv_dtype or dtype
         self.max_model_len = max_model_len
+        self.is_bidirectional = is_bidirectional
         self.attention_layers: list[Attention] = []
         """In the order of construction, which is the order of execution."""
 
@@ -61,7 +64,10 @@ class LayerContext:
         logit_softcap: float | None = None,
         has_sinks: bool = False,
     ) -> AttentionSpec:
-        """The spec of one attention layer; ``scale`` is ``head_dim ** -0.5`` when not given."""
+        """The spec of one attention layer; ``scale`` is ``head_dim ** -0.5`` when not given. A window that no served
+        sequence outgrows is left out."""
+        if sliding_window is not None and self.max_model_len is not None and sliding_window >= self.max_model_len:
+            sliding_window = None
         return AttentionSpec(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -73,6 +79,7 @@ class LayerContext:
             sliding_window=sliding_window,
             logit_softcap=logit_softcap,
             has_sinks=has_sinks,
+            is_bidirectional=self.is_bidirectional,
         )
 
     def empty(self, *shape: int) -> torch.Tensor:

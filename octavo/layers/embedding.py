@@ -45,4 +45,8 @@ class Embedding(Layer):
     def _finish(self, table: Tensor) -> None:
         self._table = table
         if self._is_tied:
-            self._head = self._context.quantization.after_load(self.shape, {"weight": table})
+            method = self._context.quantization
+            # Weights that stay as they are stay shared.
+            self._head = (
+                {"weight": table} if method.name == "none" else method.after_load(self.shape, {"weight": table})
+            )

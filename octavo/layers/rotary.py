@@ -183,11 +183,14 @@ def _longrope(
     grows past that length.
     """
     original = _number(scaling, "longrope", "original_max_position_embeddings", float(trained_positions))
-    name = "long_factor" if max_positions > original else "short_factor"
+    length = "long" if max_positions > original else "short"
+    name = f"{length}_factor"
     divisors = scaling.get(name)
     if not isinstance(divisors, list) or len(divisors) != len(base):
         raise ConfigError(f"rope type 'longrope' needs a list {name!r} of {len(base)} numbers", param="rope_scaling")
     frequencies = base / torch.tensor(divisors, dtype=torch.float32)
+    if scaling.get(f"{length}_mscale") is not None:
+        return frequencies, _number(scaling, "longrope", f"{length}_mscale")
     if scaling.get("attention_factor") is not None:
         return frequencies, _number(scaling, "longrope", "attention_factor")
     factor = _number(scaling, "longrope", "factor", trained_positions / original)

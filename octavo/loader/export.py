@@ -21,7 +21,7 @@ from octavo.checkpoint.locate import LocatedModel, locate_model
 from octavo.checkpoint.tokenizer_data import DEFAULT_TEMPLATE, TokenizerData, load_tokenizer_data
 from octavo.config.sections import LoadConfig
 from octavo.errors import ConfigError, OctavoError
-from octavo.loader.gguf import NOT_WEIGHTS, GGUFSource, hf_name
+from octavo.loader.gguf import GGUFSource, gguf_parts
 from octavo.loader.source import LoadRequest, RowSlice
 
 _DTYPES = {"float32": ("F32", torch.float32), "float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16)}
@@ -49,7 +49,7 @@ def export_hf(gguf_path: str | Path, out_dir: str | Path, dtype: str = "bfloat16
     folder.mkdir(parents=True, exist_ok=True)
     load_config = LoadConfig(model=str(path), path=str(path), load_format="gguf", revision=None, seed=0)
     with GGUFFile(path) as gguf:
-        shapes = {hf_name(t.name): t.shape for t in gguf.tensors.values() if t.name not in NOT_WEIGHTS}
+        shapes = {part.name: part.shape for _, part in gguf_parts(gguf, config)}
     source = GGUFSource(LoadRequest(load_config, config, shapes))
     _write_safetensors(folder / "model.safetensors", shapes, source, dtype)
     _write_json(folder / "config.json", {**config.hf, "torch_dtype": dtype})

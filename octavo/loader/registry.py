@@ -5,8 +5,6 @@ from __future__ import annotations
 from octavo.loader.source import LoadRequest, WeightSource
 from octavo.utils.registry import Registry
 
-_PICKLES = "a pickle can run any code when it is read; convert the model to safetensors"
-
 SOURCES = Registry(
     "load format",
     "load_format",
@@ -14,9 +12,10 @@ SOURCES = Registry(
     {
         "safetensors": "octavo.loader.safetensors:SafetensorsSource",
         "gguf": "octavo.loader.gguf:GGUFSource",
+        "pt": "octavo.loader.torch_bin:TorchBinSource",
         "dummy": "octavo.loader.dummy:DummySource",
     },
-    absent={"pt": _PICKLES, "bin": _PICKLES},
+    absent={"bin": "pytorch_model.bin files are read by load_format pt"},
 )
 """Each class is constructed with a LoadRequest."""
 

@@ -1,8 +1,9 @@
 """Weights from a Hugging Face folder: one safetensors file or several with an index.
 
 The header is read and checked here before a single value is touched; the bytes are views of a mapping whose pages are
-given back as soon as a tensor has been copied, so that the resident size stays near the weights. ``.bin`` files are
-never read: they are pickles. Format: https://github.com/huggingface/safetensors (8-byte length, JSON, raw bytes).
+given back as soon as a tensor has been copied, so that the resident size stays near the weights. Where a folder has
+``.bin`` files too, those are left alone.
+Format: https://github.com/huggingface/safetensors (8-byte length, JSON, raw bytes).
 """
 
 from __future__ import annotations

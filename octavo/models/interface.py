@@ -69,3 +69,22 @@ class CausalLM(Protocol):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """``[L, E] -> [L, V]``, in the dtype of the model."""
         ...
+
+
+class PoolingModel(Protocol):
+    """A model that makes vectors or scores. Constructed as ``Model(config, pooling, context)`` with empty weights."""
+
+    weight_map: WeightMap
+
+    def forward(self, batch: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
+        """Hidden states ``[T, E]``; as CausalLM's."""
+        ...
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """``[L, E] -> [L, N]``: a classifier's head, in the dtype of the model; never called for embeddings."""
+        ...
+
+
+def is_recordable(model: object) -> bool:
+    """Whether decode steps of a model may be recorded as graphs: a class says no by ``is_recordable = False``."""
+    return bool(getattr(model, "is_recordable", True))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
+
 from octavo.config.model import ModelConfig
+from octavo.errors import ConfigError
 from octavo.layers.context import LayerContext
 from octavo.models.interface import CausalLM
 from octavo.utils.registry import Registry
+
+logger = logging.getLogger(__name__)
 
 MODELS = Registry(
     "model architecture",
@@ -39,10 +45,33 @@ MODELS = Registry(
 )
 
 
-def build_model(config: ModelConfig, context: LayerContext) -> CausalLM:
+TRANSFORMERS_IMPL = "octavo.models.transformers_impl:TransformersForCausalLM"
+
+
+def build_model(config: ModelConfig, context: LayerContext, impl: str = "auto") -> CausalLM:
     """The model of ``config.architecture`` with empty weights.
 
+    Args:
+        config: Of the model.
+        context: Of its layers.
+        impl: ``octavo``, ``transformers`` (that package's code with our attention), or ``auto``: the former where it
+            exists.
+
     Raises:
-        ConfigError: The architecture is unknown (lists those that exist), or the model refuses its config.
+        ConfigError: Nobody has the architecture (lists those that exist), or the model refuses its config.
     """
-    return MODELS.load(config.architecture)(config, context)
+    name = config.architecture
+    if impl == "octavo" or (impl == "auto" and MODELS.knows(name)):
+        return MODELS.load(name)(config, context)
+    if impl == "auto":
+        logger.info("model_impl = transformers (Octavo has no %s of its own)", name)
+    try:
+        importlib.import_module("transformers")
+    except ImportError as error:
+        known = f"Octavo has {', '.join(MODELS.names())} of its own"
+        raise ConfigError(
+            f"{name} would run with the code of transformers, which cannot be imported ({error}): "
+            f"pip install octavo[transformers]. {known}.",
+            param="model_impl",
+        ) from error
+    return MODELS.load(TRANSFORMERS_IMPL)(config, context)

@@ -52,7 +52,7 @@ class PluggedAttention(Layer):
 class TransformersForCausalLM(Layer):
     """See the module."""
 
-    is_capturable = False
+    is_recordable = False
     """Recording foreign code as a graph is not tried."""
 
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:

@@ -195,15 +195,12 @@ def _stacked(
     model: nn.Module, name: str, target: _Target, converter: WeightConverter, allocate: Callable[[Tensor], Tensor]
 ) -> dict[str, ParameterSlot]:
     kinds = [type(operation) for operation in converter.operations]
+    dims = [vars(operation).get("dim") for operation in converter.operations]
     sources = list(converter.source_patterns)
-    is_known = (
-        kinds in ([MergeModulelist], [MergeModulelist, Concatenate])
-        and converter.operations[0].dim == 0
-        and (len(kinds) == 1 or converter.operations[1].dim == 1)
-        and len(sources)
-        == (1 if len(kinds) == 1 else target.tensor.shape[1] // (target.tensor.shape[1] // len(sources)))
-        and all(source.count("*") == 1 for source in sources)
-    )
+    stacks, joins = [MergeModulelist], [MergeModulelist, Concatenate]
+    is_known = (kinds == stacks and dims == [0] and len(sources) == 1) or (kinds == joins and dims == [0, 1])
+    is_known = is_known and all(source.count("*") == 1 for source in sources)
+    is_known = is_known and target.tensor.dim() > 1 and target.tensor.shape[1] % len(sources) == 0
     if not is_known:
         raise _unsupported(model, f"{name} is made of {', '.join(sources)} by {[kind.__name__ for kind in kinds]}")
     stack = _Stack(target, len(sources), allocate)

@@ -36,8 +36,8 @@ class Int8:
         """Round the weight; the full-precision one is dropped."""
         assert weights["weight"].shape == (shape.out_features, shape.in_features)
         if self._native is not None:
-            weight, scale = quantize_weight(weights["weight"], 127)
-            return {"weight": self._native.pack_int8(weight), "scale": scale}
+            panels, scales = self._native.quantize_int8(weights["weight"])
+            return {"panels": panels, "scale": scales}
         weight, scale = quantize_weight(weights["weight"], 127 if torch.cpu._is_vnni_supported() else 63)
         packed = torch.ops.onednn.qlinear_prepack(weight, None)
         return {"weight": packed, "scale": scale, "zero_point": torch.zeros(len(scale), dtype=torch.int64)}
@@ -45,10 +45,11 @@ class Int8:
     def apply(self, shape: LinearShape, weights: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         """See QuantizationMethod."""
         if self._native is not None:
-            if shape.dtype is torch.float32:
-                return self._native.linear_int8(x, weights["weight"], weights["scale"], bias)
             wide_bias = None if bias is None else bias.float()
-            return self._native.linear_int8(x.float(), weights["weight"], weights["scale"], wide_bias).to(shape.dtype)
+            multiply = self._native.linear_int8
+            return multiply(x.float(), weights["panels"], weights["scale"], shape.out_features, wide_bias).to(
+                shape.dtype
+            )
         return _linear_onednn(weights, x.float(), bias).to(shape.dtype)
 
 

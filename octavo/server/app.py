@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import OctavoError
-from octavo.server import chat, completions, metrics, models, requests, timeline, tokenize
+from octavo.server import chat, completions, health, metrics, models, requests, timeline, tokenize
 from octavo.server.openai_errors import HTTPRefusal, error_response, log_internal
 from octavo.server.service import ASGIApp, Service
 
@@ -26,6 +26,7 @@ ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
     completions.make_router,
     tokenize.make_router,
     requests.make_router,
+    health.make_router,
     metrics.make_router,
     timeline.make_router,
 )
@@ -38,6 +39,11 @@ def build_app(service: Service) -> ASGIApp:
     Args:
         service: What the routes use; its engine may come later.
     """
+    return with_layers(service, make_routes(service))
+
+
+def make_routes(service: Service) -> FastAPI:
+    """All routes, without what stands in front of them."""
     config = service.config
     docs = None if config.disable_fastapi_docs else "/docs"
     app = FastAPI(
@@ -51,6 +57,12 @@ def build_app(service: Service) -> ASGIApp:
     for make_router in ROUTERS:
         app.include_router(make_router(service))
     _add_error_handlers(app, config.error_format)
+    return app
+
+
+def with_layers(service: Service, app: ASGIApp) -> ASGIApp:
+    """``app`` behind the service's layers."""
+    config = service.config
     stack: ASGIApp = app
     for layer in reversed(service.layers):
         stack = layer(stack)
@@ -61,6 +73,12 @@ def build_app(service: Service) -> ASGIApp:
         allow_headers=config.allowed_headers,
         allow_credentials=config.allow_credentials,
     )
+
+
+def describe_routes(app: FastAPI) -> list[str]:
+    """A line per route, for the log."""
+    paths: dict[str, Any] = app.openapi()["paths"]
+    return [f"Route: {path}, Methods: {', '.join(sorted(each)).upper()}" for path, each in paths.items()]
 
 
 def _add_error_handlers(app: FastAPI, error_format: str) -> None:

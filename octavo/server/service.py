@@ -100,6 +100,11 @@ class Ticket(Protocol):
 class Admission(Protocol):
     """Decides at once whether there is room for a request."""
 
+    @property
+    def num_requests(self) -> int:
+        """Open HTTP requests that make the engine work."""
+        ...
+
     def reserve(self, *, num_sequences: int, num_prompt_tokens: int, tenant: str) -> Ticket:
         """Take room.
 
@@ -119,7 +124,15 @@ class Lifecycle(Protocol):
 
     @property
     def phase(self) -> str:
-        """``loading``, ``ready``, ``draining`` or ``failed``."""
+        """``loading``, ``ready``, ``restarting``, ``stalled``, ``draining`` or ``failed``."""
+        ...
+
+    def unhealthy(self) -> OctavoError | None:
+        """Why the engine does not work as it should; None if it does."""
+        ...
+
+    def unready(self) -> OctavoError | None:
+        """Why no traffic should come here now; None if it should."""
         ...
 
 
@@ -186,6 +199,10 @@ class Service:
     def __post_init__(self) -> None:
         self.stall_guard = StallGuard(self.config.stream_stall_timeout)
         self.texts = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="octavo-text")
+
+    def close(self) -> None:
+        """End the threads."""
+        self.texts.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Run ``function`` beside the event loop."""

@@ -6,10 +6,11 @@ below term by term. Knows no tensor but those it counts; ``config.resolve.size_k
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import Module
 
 from octavo.attention.backend import AttentionSpec
 from octavo.config.model import ModelConfig
@@ -32,24 +33,54 @@ _HIDDEN_COPIES = 6
 """Tensors [T, E] alive at once: residual, normed, layer output, and what an operator makes of them on its way."""
 _FFN_COPIES = 2
 """Tensors [T, 2 F] alive at once: gate and up, and their activation in float32."""
+_COST_OF_GROUP = 0.02
+"""Memory that one KV group less is worth: each has tables, a plan and slots of its own in every step."""
 _RESERVE_SHARE = 0.02
 _MAX_RESERVE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class KVGroup:
-    """Attention layers with equal specs: they share a block table and a backend."""
+    """Attention layers with equal specs that share a block table and a backend."""
 
     spec: AttentionSpec
     layer_indices: tuple[int, ...]
 
 
-def group_layers(specs: Iterable[AttentionSpec]) -> list[KVGroup]:
-    """Groups in the order of their first layer."""
-    found: dict[AttentionSpec, list[int]] = {}
+def group_layers(specs: Iterable[AttentionSpec], max_model_len: int | None = None) -> list[KVGroup]:
+    """KV groups, in the order of their first layers.
+
+    Layers with equal specs form one group, or several of one size: a block has a place for every layer of the largest
+    group, so a group of few layers beside one of many would leave most of its blocks' memory unused. The size is the
+    one with which a request of full length takes least memory; groups beyond the first cost a little time each.
+
+    Args:
+        specs: Of all attention layers, in order.
+        max_model_len: Longest request; None: one group for all equal specs.
+    """
+    kinds: dict[AttentionSpec, list[int]] = {}
     for index, spec in enumerate(specs):
-        found.setdefault(spec, []).append(index)
-    return [KVGroup(spec, tuple(indices)) for spec, indices in found.items()]
+        kinds.setdefault(spec, []).append(index)
+    size = max((len(indices) for indices in kinds.values()), default=1)
+    if max_model_len is not None and len(kinds) > 1:
+        size = min(range(1, size + 1), key=lambda size: _cost_of_groups(kinds, size, max_model_len))
+    groups = [
+        KVGroup(spec, tuple(indices[first : first + size]))
+        for spec, indices in kinds.items()
+        for first in range(0, len(indices), size)
+    ]
+    return sorted(groups, key=lambda group: group.layer_indices[0])
+
+
+def _cost_of_groups(kinds: Mapping[AttentionSpec, Sequence[int]], size: int, max_model_len: int) -> float:
+    """Tokens times places of layers that a request of full length holds, with something added for each group."""
+    held, num_groups = 0, 0
+    for spec, indices in kinds.items():
+        count = -(-len(indices) // size)
+        window = max_model_len if spec.sliding_window is None else spec.sliding_window + spec.block_size
+        held += count * size * min(window, max_model_len)
+        num_groups += count
+    return held * (1 + _COST_OF_GROUP * num_groups)
 
 
 def make_kv_spec(groups: Iterable[KVGroup], block_size: int) -> KVCacheSpec:
@@ -57,17 +88,22 @@ def make_kv_spec(groups: Iterable[KVGroup], block_size: int) -> KVCacheSpec:
     return KVCacheSpec(
         groups=tuple(
             KVGroupSpec(
-                kind=KVKind.FULL if group.spec.sliding_window is None else KVKind.SLIDING_WINDOW,
+                kind=KVKind.SLIDING_WINDOW if _has_window(group.spec) else KVKind.FULL,
                 layer_indices=group.layer_indices,
                 num_kv_heads=group.spec.num_kv_heads,
                 head_dim=group.spec.head_dim,
-                bytes_per_element=group.spec.kv_dtype.itemsize,
-                sliding_window=group.spec.sliding_window,
+                bytes_per_element=0 if group.spec.is_bidirectional else group.spec.kv_dtype.itemsize,
+                sliding_window=group.spec.sliding_window if _has_window(group.spec) else None,
             )
             for group in groups
         ),
         block_size=block_size,
     )
+
+
+def _has_window(spec: AttentionSpec) -> bool:
+    """Whether blocks leave a window while a text grows; an encoder's text does not grow."""
+    return spec.sliding_window is not None and not spec.is_bidirectional
 
 
 def max_logits_rows(vocab_size: int, max_num_seqs: int, logits_bytes: int = LOGITS_BYTES) -> int:
@@ -180,6 +216,8 @@ def count_weight_bytes(model: object) -> int:
             waiting.extend(node.values())
         elif isinstance(node, list | tuple):
             waiting.extend(node)
+        elif isinstance(node, Module):
+            waiting.extend([*node.parameters(), *node.buffers()])
     return total
 
 

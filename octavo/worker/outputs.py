@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -144,14 +145,21 @@ class PendingOutput:
         return messages
 
 
+class Pending(Protocol):
+    """Results on their way to the host: ``PendingOutput``, or what another kind of runner makes."""
+
+    def is_ready(self) -> bool: ...
+    def result(self) -> ModelRunnerOutput: ...
+
+
 class StepFuture(Future[ModelRunnerOutput]):
     """The result of a step. Nobody waits in the background: whoever asks for the result waits for the step's event."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._pending: PendingOutput | None = None
+        self._pending: Pending | None = None
 
-    def attach(self, pending: PendingOutput) -> None:
+    def attach(self, pending: Pending) -> None:
         """The step is queued to its end."""
         self._pending = pending
 

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +22,8 @@ from octavo.device.registry import make_device
 from octavo.layers.context import LayerContext
 from octavo.loader.load import load_weights
 from octavo.messages import ModelRunnerOutput, SchedulerOutput
+from octavo.models.interface import is_recordable
+from octavo.models.pooling import build_pooling_model
 from octavo.models.registry import build_model
 from octavo.quantization.registry import make_method
 from octavo.sampling.logits_processor import ProcessorContext
@@ -41,9 +44,10 @@ from octavo.worker.memory import (
     make_kv_spec,
     max_logits_rows,
 )
-from octavo.worker.model_runner import PROMPT_PIECE, LaunchedStep, ModelRunner, Recordings
-from octavo.worker.outputs import StepFuture
+from octavo.worker.model_runner import PROMPT_PIECE, ModelRunner, Recordings
+from octavo.worker.outputs import Pending, StepFuture
 from octavo.worker.plain_sampling import PlainSampling
+from octavo.worker.pooling_runner import PoolingRunner
 from octavo.worker.prompt_graphs import PromptGraphs, longest_recorded
 from octavo.worker.report import MemoryReport
 from octavo.worker.request_rows import RequestRows
@@ -58,6 +62,17 @@ _RECORDED_WARM_UP_TOKENS = (1, 1024)
 """Recording runs the steps between."""
 
 
+class StepRunner(Protocol):
+    """What runs steps: ``ModelRunner`` for a model that generates, ``PoolingRunner`` for one that pools."""
+
+    def apply(self, plan: SchedulerOutput, /) -> None: ...
+    def launch(self, plan: SchedulerOutput, num_refused: int, /) -> Any: ...
+    def complete(self, step: Any, mask: bytes | None, /) -> Pending: ...
+    def warm_up(self, num_tokens: int, /) -> None: ...
+    def record_graphs(self) -> None: ...
+    def shrink(self) -> None: ...
+
+
 @dataclass(slots=True)
 class QueuedStep:
     """A step in order: waiting to be launched, or launched and waiting for its mask."""
@@ -65,7 +80,8 @@ class QueuedStep:
     plan: SchedulerOutput
     mask: bytes | None
     future: StepFuture
-    launched: LaunchedStep | None = None
+    launched: Any = None
+    """What the runner's ``launch`` returned."""
 
 
 class Worker:
@@ -79,7 +95,7 @@ class Worker:
         self._ledger: dict[str, int] = {}
         """Bytes by purpose, in the order in which they are taken."""
         self._queue: deque[QueuedStep] = deque()
-        self._runner: ModelRunner | None = None
+        self._runner: StepRunner | None = None
 
     def load(self) -> MemoryReport:
         """Build the model, stream its weights in, count what is left.
@@ -98,11 +114,14 @@ class Worker:
             device=self._device.torch_device,
             kv_dtype=torch_dtype(config.cache.kv_cache_dtype),
             max_model_len=config.scheduler.max_model_len,
+            is_bidirectional=config.pooling is not None and config.pooling.is_encoder,
         )
         with torch.inference_mode():
-            self._model = build_model(config.model, self._context)
+            self._model = self._build()
             load_weights(self._model, config.load, config.model, self._device)
-        self._groups = group_layers(layer.spec for layer in self._context.attention_layers)
+        self._groups = group_layers(
+            (layer.spec for layer in self._context.attention_layers), config.scheduler.max_model_len
+        )
         self._kv_spec = make_kv_spec(self._groups, config.cache.block_size)
         chosen = [
             choose_backend(config.device.attention_backend, group.spec, self._device.type) for group in self._groups
@@ -126,6 +145,13 @@ class Worker:
             attention_reason=chosen[0][1],
             load_seconds=time.monotonic() - began,
         )
+
+    def _build(self) -> Any:
+        """A CausalLM, or a PoolingModel where the engine pools."""
+        config = self._config
+        if config.pooling is not None:
+            return build_pooling_model(config.model, config.pooling, self._context)
+        return build_model(config.model, self._context, config.load.model_impl)
 
     def _bound_working_memory(self, weights: int, dtype_bytes: int) -> int:
         """Everything beside weights and cache: the largest step, rows, recorded steps."""
@@ -157,7 +183,9 @@ class Worker:
     @property
     def _records_graphs(self) -> bool:
         has_graphs = self._device.has_graphs and not self._config.device.enforce_eager
-        return has_graphs and all(is_capturable(backend) for backend in self._backends)
+        if not has_graphs or self._config.pooling is not None or not is_recordable(self._model):
+            return False
+        return all(is_capturable(backend) for backend in self._backends)
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache and everything that lives as long as it: rows, tables, sampler.
@@ -169,18 +197,27 @@ class Worker:
         config, device = self._config, self._device
         check_cache_fits(device.memory(), num_blocks * self._kv_spec.bytes_per_block)
         self._ledger["KV cache"] = num_blocks * self._kv_spec.bytes_per_block
+        logger.info("KV cache: %s", self._kv_spec.describe(config.scheduler.max_model_len))
         self._bind_cache(num_blocks)
         before = device.memory()
-        limits, vocab_size = config.scheduler, config.model.vocab_size
+        limits = config.scheduler
         rows = RequestRows(limits.max_num_seqs, limits.max_model_len, device)
         tables = BlockTables(
             len(self._groups), limits.max_num_seqs, limits.max_model_len, config.cache.block_size, device
         )
+        inputs = InputBatch(rows, tables, self._backends, device)
+        self._runner = self._make_runner(inputs) if config.pooling is None else self._make_pooling_runner(inputs)
+        if device.is_asynchronous:
+            self._ledger["rows"] = max(0, before.free - device.memory().free)
+
+    def _make_runner(self, inputs: InputBatch) -> ModelRunner:
+        config, device = self._config, self._device
+        limits, vocab_size = config.scheduler, config.model.vocab_size
         context = ProcessorContext(
             vocab_size=vocab_size,
             max_num_seqs=limits.max_num_seqs,
             device=device.torch_device,
-            token_ids=rows.token_ids[:-1],
+            token_ids=inputs.rows.token_ids[:-1],
             num_tokens=device.zeros((limits.max_num_seqs,), torch.int64),
         )
         plain, recordings = None, Recordings()
@@ -188,10 +225,10 @@ class Worker:
             has_processors = bool(config.device.logits_processors)
             plain = PlainSampling(limits.max_num_seqs, vocab_size, device, has_processors=has_processors)
             if self._records_graphs:
-                recordings = self._make_recordings(rows, tables, plain)
-        self._runner = ModelRunner(
+                recordings = self._make_recordings(inputs, plain)
+        return ModelRunner(
             self._model,
-            InputBatch(rows, tables, self._backends, device),
+            inputs,
             Sampler(context, config.frontend.logprobs_mode, load_processors(config.device.logits_processors, context)),
             device,
             vocab_size=vocab_size,
@@ -199,17 +236,28 @@ class Worker:
             plain=plain,
             recordings=recordings,
         )
-        if device.is_asynchronous:
-            self._ledger["rows"] = max(0, before.free - device.memory().free)
 
-    def _make_recordings(self, rows: RequestRows, tables: BlockTables, plain: PlainSampling) -> Recordings:
+    def _make_pooling_runner(self, inputs: InputBatch) -> PoolingRunner:
+        config = self._config
+        assert config.pooling is not None
+        return PoolingRunner(
+            self._model,
+            inputs,
+            self._device,
+            config.pooling,
+            hidden_size=config.model.hidden_size,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            dtype=self._context.dtype,
+        )
+
+    def _make_recordings(self, inputs: InputBatch, plain: PlainSampling) -> Recordings:
         limits = self._config.scheduler
         lengths = {"max_num_seqs": limits.max_num_seqs, "max_model_len": limits.max_model_len}
-        decode = DecodeGraphs(self._model, rows, tables, self._backends, plain, self._device, **lengths)
+        decode = DecodeGraphs(self._model, inputs.rows, inputs.tables, self._backends, plain, self._device, **lengths)
         longest = self._longest_recorded_prompts(self._ledger["weights"])
         if not longest:
             return Recordings(decode)
-        prompts = PromptGraphs(self._model, tables, self._backends, self._device, max_tokens=longest, **lengths)
+        prompts = PromptGraphs(self._model, inputs.tables, self._backends, self._device, max_tokens=longest, **lengths)
         return Recordings(decode, prompts)
 
     def warm_up(self) -> None:
@@ -273,7 +321,7 @@ class Worker:
                 return
             self._complete(step)
 
-    def _launch(self, plan: SchedulerOutput) -> LaunchedStep:
+    def _launch(self, plan: SchedulerOutput) -> Any:
         """Launch, with fewer and fewer of the newest requests while memory does not suffice."""
         runner = self._ready()
         runner.apply(plan)
@@ -315,7 +363,7 @@ class Worker:
             for tensor, layer_index in zip(tensors, group.layer_indices, strict=False):
                 layers[layer_index].bind(tensor.view(shapes[group_index]), backend, group_index)
 
-    def _ready(self) -> ModelRunner:
+    def _ready(self) -> StepRunner:
         assert self._runner is not None, "allocate() comes before the first step"
         return self._runner
 

@@ -93,7 +93,7 @@ def test_every_resolved_sampling_field_has_a_reader_in_the_core_or_the_worker() 
 
 
 def test_every_engine_argument_is_resolved() -> None:
-    read = attributes_read(sources("config/resolve.py", "engine", "checkpoint", "llm.py", "cli"))
+    read = attributes_read(sources("config/resolve.py", "config/pooling.py", "engine", "checkpoint", "llm.py", "cli"))
     assert struct_fields(EngineArgs) - read - set(REFUSED_ARGUMENTS) == set()
 
 

@@ -1,4 +1,4 @@
-"""Every dense family and variant that Octavo computes itself, as tiny random checkpoints of transformers' own classes.
+"""Every family and variant that Octavo computes itself, as tiny random checkpoints of transformers' own classes.
 
 ``tests/models/test_families.py`` proves each, ``tests/gpu/test_families.py`` one of each family on a GPU, and
 ``python -m tests.models.families`` writes the table of docs/models.md out of this list.
@@ -81,6 +81,12 @@ _TINY_QWEN_VISION = {
 }  # fmt: skip
 _LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
 
+_LATENT: dict[str, Any] = {
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+    "n_group": 4, "topk_group": 2, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
+    "num_key_value_heads": 6,
+}  # fmt: skip
+
 VARIANTS: dict[str, Variant] = {
     "llama-mha": Variant(
         "Llama", "LlamaForCausalLM", "LlamaConfig", "as many KV heads as heads", "Llama 1, Llama 2 7B and 13B, Vicuna",
@@ -121,7 +127,7 @@ VARIANTS: dict[str, Variant] = {
     "granite": Variant(
         "Granite", "GraniteForCausalLM", "GraniteConfig", "multipliers on embedding, attention, residuals and logits",
         "Granite 3.0 to 3.3, dense",
-        {"embedding_multiplier": 12.0, "attention_multiplier": 0.11, "residual_multiplier": 0.22, "logits_scaling": 4.0,
+        {"embedding_multiplier": 12.0, "attention_multiplier": 0.11, "residual_multiplier": 0.8, "logits_scaling": 0.5,
          "tie_word_embeddings": True},
         is_on_gpu=True,
     ),
@@ -202,7 +208,7 @@ VARIANTS: dict[str, Variant] = {
         "Gemma", "Gemma2ForCausalLM", "Gemma2Config", "soft-caps, norms around each block, every other layer local",
         "Gemma 2",
         {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,
-         "final_logit_softcapping": 3.0},
+         "final_logit_softcapping": 0.5},
         is_on_gpu=True,
     ),
     "gemma3": Variant(
@@ -220,6 +226,77 @@ VARIANTS: dict[str, Variant] = {
          "rope_parameters": {"full_attention": _LINEAR, "sliding_attention": _LOCAL}},
         wrap={"vision_config": _TINY_SIGLIP, "mm_tokens_per_image": 4, "boi_token_index": 90, "eoi_token_index": 91,
               "image_token_index": 92},
+    ),
+    "mixtral": Variant(
+        "Mixtral", "MixtralForCausalLM", "MixtralConfig", "two of several experts", "Mixtral 8x7B and 8x22B",
+        {"num_local_experts": 4}, is_on_gpu=True,
+    ),
+    "granitemoe": Variant(
+        "Granite", "GraniteMoeForCausalLM", "GraniteMoeConfig", "experts in one tensor, multipliers",
+        "Granite 3.0 and 3.1 1B-A400M and 3B-A800M",
+        {"num_local_experts": 6, "num_experts_per_tok": 3, "embedding_multiplier": 12.0, "attention_multiplier": 0.11,
+         "residual_multiplier": 0.8, "logits_scaling": 0.5, "tie_word_embeddings": True},
+    ),
+    "qwen2-moe": Variant(
+        "Qwen-MoE", "Qwen2MoeForCausalLM", "Qwen2MoeConfig", "shared expert behind a gate, a dense layer",
+        "Qwen1.5-MoE, Qwen2-57B-A14B",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "mlp_only_layers": [1],
+         "shared_expert_intermediate_size": 40},
+    ),
+    "qwen3-moe": Variant(
+        "Qwen-MoE", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", "normalised weights, norms of query and key heads",
+        "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16,
+         "norm_topk_prob": True},
+        is_on_gpu=True,
+    ),
+    "qwen3-moe-mixed": Variant(
+        "Qwen-MoE", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", "every other layer dense, weights as they are", "",
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16,
+         "decoder_sparse_step": 2, "norm_topk_prob": False},
+    ),
+    "olmoe": Variant(
+        "OLMo", "OlmoeForCausalLM", "OlmoeConfig", "experts, norms over all heads", "OLMoE 1B-7B",
+        {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 6},
+    ),
+    "phimoe": Variant(
+        "Phi", "PhimoeForCausalLM", "PhimoeConfig", "sparsemixer router, LayerNorm, biases", "",
+        {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.2},
+        is_on_gpu=True,
+    ),
+    "phimoe-short": Variant(
+        # Beyond the first length transformers takes the short factors; the model's own code takes the long ones.
+        "Phi", "PhimoeForCausalLM", "PhimoeConfig", "LongRoPE with magnitudes of its own, within its first length",
+        "Phi-3.5-MoE, Phi-tiny-MoE, Phi-mini-MoE",
+        {"num_local_experts": 4, "rope_parameters": _longrope(4, short_mscale=1.1, long_mscale=1.2),
+         "original_max_position_embeddings": 64},
+        max_model_len=64,
+    ),
+    "gpt-oss": Variant(
+        "gpt-oss", "GptOssForCausalLM", "GptOssConfig", "sinks, windows in every other layer, biases, clamped SwiGLU",
+        "gpt-oss-20b and -120b",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": WINDOW,
+         "swiglu_limit": 1.0, "layer_types": _LOCAL_AND_GLOBAL,
+         "rope_parameters": {**_YARN, "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}},
+        is_on_gpu=True,
+    ),
+    "deepseek-v2": Variant(
+        "DeepSeek", "DeepseekV2ForCausalLM", "DeepseekV2Config", "latent attention, softmax router in groups",
+        "DeepSeek-V2, DeepSeek-Coder-V2",
+        {**_LATENT, "n_shared_experts": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0,
+         "q_lora_rank": 24},
+    ),
+    "deepseek-v2-lite": Variant(
+        "DeepSeek", "DeepseekV2ForCausalLM", "DeepseekV2Config", "queries without a latent vector", "DeepSeek-V2-Lite",
+        {**_LATENT, "n_shared_experts": 1, "topk_method": "greedy", "q_lora_rank": None,
+         "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "deepseek-v3": Variant(
+        "DeepSeek", "DeepseekV3ForCausalLM", "DeepseekV3Config", "sigmoid router with a correction, YaRN",
+        "DeepSeek-V3, V3.1 and R1, Moonlight, Kimi K2",
+        {**_LATENT, "n_shared_experts": 1, "q_lora_rank": 24,
+         "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        is_on_gpu=True,
     ),
 }  # fmt: skip
 
@@ -242,12 +319,22 @@ def make_reference(name: str, **more: Any) -> PreTrainedModel:
         config = outer
     model = model_class(config).eval()
     is_around_zero = variant.family == "Gemma"
+    # Small beside what the layers add: under tied weights a model would only repeat what it reads.
+    text_config = config.get_text_config()
+    embedding_scale = text_config.hidden_size**0.5 if is_around_zero else variant.options.get("embedding_multiplier", 1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+            if "embed_tokens" in key:
+                parameter.normal_(0.0, 0.2 / embedding_scale)
+            elif parameter.dim() > 1:
                 parameter.normal_(0.0, 1.2 * parameter.shape[-1] ** -0.5)
+            elif key.endswith("bias"):
+                parameter.normal_(0.0, 0.1)
             else:
-                parameter.normal_(1.0 if "norm" in key and not is_around_zero else 0.0, 0.3)
+                parameter.normal_(0.0 if is_around_zero else 1.0, 0.3)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3)
     return model
 
 

@@ -1,7 +1,7 @@
-"""Compile ``octavo_cpu.c`` once for this machine, and keep the result.
+"""Compile the C files of this folder once for this machine, and keep the result.
 
 Compiling here rather than shipping binaries lets the compiler use every instruction of this very processor, and takes
-about three seconds once. Without a C compiler the engine works all the same, by torch's operators alone, slower.
+a few seconds once. Without a C compiler the engine works all the same, by torch's operators alone, slower.
 Knows nothing of what the functions do; see ``__init__.py`` for that.
 """
 
@@ -16,13 +16,16 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("octavo_cpu.c")
+_FOLDER = Path(__file__).parent
+_SOURCES = sorted(_FOLDER.glob("*.c"))
+_HEADERS = sorted(_FOLDER.glob("*.h"))
 _FLAGS = (
-    "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math",
+    "-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math",
     "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math",
 )  # fmt: skip
 _TIMEOUT_S = 120
@@ -39,7 +42,8 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if compiler is None:
         return None, "there is no C compiler (cc, gcc or clang) on the PATH"
-    key = hashlib.sha256("\0".join((_SOURCE.read_text(), *_FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
+    texts = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
+    key = hashlib.sha256("\0".join((*texts, *_FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
     library = _cache_folder() / f"octavo_cpu-{key}.so"
     try:
         if not library.exists():
@@ -53,20 +57,22 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
 def _compile(compiler: str, library: Path) -> None:
     logger.info("compiling the CPU kernels for this machine, once, into %s", library.parent)
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Under another name first: a process that starts meanwhile must not see half a file.
-    handle, name = tempfile.mkstemp(dir=library.parent, suffix=".so")
-    os.close(handle)
-    try:
-        subprocess.run(
-            [compiler, *_FLAGS, "-o", name, str(_SOURCE), "-lm"],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-        )
-        os.replace(name, library)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        objects = [Path(folder) / f"{source.stem}.o" for source in _SOURCES]
+        # One compiler per file, all at once.
+        jobs = [
+            [compiler, *_FLAGS, "-c", "-o", str(o), str(source)] for o, source in zip(objects, _SOURCES, strict=True)
+        ]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            list(pool.map(_call, jobs))
+        # Under another name first: a process that starts meanwhile must not see half a file.
+        linked = Path(folder) / library.name
+        _call([compiler, *_FLAGS, "-shared", "-o", str(linked), *map(str, objects), "-lm"])
+        os.replace(linked, library)
+
+
+def _call(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
 
 
 def _processor() -> str:

@@ -50,7 +50,7 @@ def _stops(value: object) -> object:
             raise PydanticCustomError(
                 "string_too_long" if text else "string_too_short", "made of texts of 1 to 4096 characters"
             )
-    return value
+    return cast("object", value)
 
 
 _STOP_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}

@@ -46,13 +46,15 @@ def _ids(value: object) -> list[int]:
         raise PydanticCustomError("prompt_type", "all strings or all lists of token ids")
     if not value:
         raise PydanticCustomError("too_short", "made of lists that are not empty")
-    ids = [int(i) if type(i) is float and i.is_integer() else i for i in cast("list[Any]", value)]
+    ids: list[Any] = [
+        int(each) if type(each) is float and each.is_integer() else each for each in cast("list[Any]", value)
+    ]
     for index, token_id in enumerate(ids):
         if type(token_id) is not int:
             raise PydanticCustomError("int_type", "made of token ids: item {index} is no integer", {"index": index})
         if not 0 <= token_id <= INT32_MAX:
             raise PydanticCustomError("bad_id", "made of token ids: item {index} is out of range", {"index": index})
-    return ids
+    return cast("list[int]", ids)
 
 
 class CompletionRequest(GenerationRequest):

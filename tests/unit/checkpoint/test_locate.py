@@ -57,7 +57,7 @@ def test_folders_and_files(tmp_path: Path) -> None:
     ("names", "reason"),
     [
         ((), "neither config.json with .safetensors files nor a .gguf file"),
-        (("config.json", "pytorch_model.bin"), "pytorch_model.bin is a pickle"),
+        (("config.json", "model.bin"), "model.bin is a pickle"),
         (("config.json", "consolidated.00.pth"), "is a pickle"),
         (("a.gguf", "b.gguf"), "holds 2 GGUF files; name one: a.gguf, b.gguf"),
     ],
@@ -116,6 +116,18 @@ def test_hub_name_fetches_no_code_and_no_pickle(tmp_path: Path, monkeypatch: pyt
     (call,) = hub.calls
     assert (call["repo"], call["revision"], call["cache_dir"]) == ("org/name", "abc", "/cache")
     assert not any("bin" in str(p) or ".py" in str(p) or p == "*" for p in call["allow_patterns"])  # type: ignore[attr-defined]
+
+
+def test_old_weights_only_where_there_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = touch(tmp_path / "both", "config.json", "model.safetensors", "pytorch_model.bin")
+    assert locate_model(str(both)).format == "safetensors"
+    old = touch(tmp_path / "old", "config.json", "pytorch_model-00001-of-00002.bin", "training_args.bin")
+    assert locate_model(str(old)).format == "pt"
+    hub = use_hub(monkeypatch, FakeHub(touch(tmp_path / "hub", "config.json")))
+    locate_model("org/name")
+    patterns = [call["allow_patterns"] for call in hub.calls]
+    assert ["pytorch_model*.bin" in allowed for allowed in patterns] == [False, True]  # type: ignore[operator]
+    assert not any(pattern in ("*", "*.bin", "*.py") for allowed in patterns for pattern in allowed)  # type: ignore[attr-defined]
 
 
 def test_hub_falls_back_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

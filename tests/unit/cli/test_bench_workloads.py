@@ -11,6 +11,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from octavo.errors import ConfigError
 DIGESTS = {
     "W1": "48bae5a1088c03e5", "W2": "4e4fb6256386909a", "W3": "77737f430fb1a404", "W4": "441f58d9de66bd63",
     "W5": "bc90179ed9b8b901", "W6": "576ed505b697494a", "W6-prefill": "06070e4b8bc07014",
+    "W7": "b3733cc575f287e9", "W8": "e88f721119288c33", "W9": "17323c0aeb2e4cbb", "W10": "3f6ee1262e309df0",
 }  # fmt: skip
 """Of the lists that the peers' published runs used: model, prompts, lengths, temperature."""
 H200 = Ceilings(4.299e12, 771.2e12, 669.75e12)
@@ -67,6 +69,29 @@ def test_one_token_of_the_big_model_is_its_weights_over_the_bandwidth() -> None:
     assert limit_of_decode_step(size, 256, 768, H200).in_turn_s == pytest.approx(11.7e-3, rel=0.03)
 
 
+def test_a_mixture_reads_the_experts_that_its_tokens_choose() -> None:
+    size = ModelSize.of(model_config("m3"))
+    total = size.linear + 2 * size.head + size.expert * size.num_experts
+    assert total == pytest.approx(30.53e9, rel=1e-3)
+    active = size.linear + 2 * size.head + size.expert * size.top_k
+    assert active == pytest.approx(3.35e9, rel=1e-2)
+    assert size.experts_read(1) == pytest.approx(8)
+    assert size.experts_read(256) == pytest.approx(128, rel=1e-4)
+    one = (size.linear + size.head + 8 * size.expert) * 2 + 256 * size.kv_bytes_per_token
+    assert limit_of_decode_step(size, 1, 256, H200).in_turn_s == pytest.approx(one / 4.299e12, rel=1e-3)
+
+
+def test_local_layers_read_their_window() -> None:
+    size = ModelSize.of(model_config("m4"))
+    assert size.linear + size.head == pytest.approx(11.77e9, rel=2e-3)
+    assert (size.num_local_layers, size.num_layers, size.window) == (40, 48, 1024)
+    assert size.seen([2048]) == pytest.approx((40 * 1024 + 8 * 2048) / 48)
+    # A prompt of three tokens of which local layers see two: 6 pairs in global layers, 5 in local ones.
+    small = replace(size, window=2)
+    assert small.pairs(3) == pytest.approx((40 * 5 + 8 * 6) / 48)
+    assert size.pairs(100) == 5050
+
+
 def test_model_folders_hold_a_shape_and_nothing_else(tmp_path: Path) -> None:
     path = write_model(tmp_path, "m1", "tiny")
     assert sorted(each.name for each in path.iterdir()) == ["config.json", "generation_config.json"]
@@ -75,8 +100,10 @@ def test_model_folders_hold_a_shape_and_nothing_else(tmp_path: Path) -> None:
 
 def test_names_are_checked_and_put_in_the_order_of_value() -> None:
     assert workload_names("W2,W4, W3") == ["W4", "W3", "W2"]
-    with pytest.raises(ConfigError, match=r"no 'W11'.*W1"):
-        workload_names("W11")
+    assert "W7" not in workload_names("all")
+    assert workload_names("W8,W7") == ["W7", "W8"]
+    with pytest.raises(ConfigError, match=r"no 'W111'.*W1"):
+        workload_names("W111")
     with pytest.raises(ConfigError, match="its own"):
         main(["--output-dir", "/nonexistent/never-made", "some-model"])
 

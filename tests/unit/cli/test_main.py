@@ -24,7 +24,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("word", "said"),
-    [("serve", "not part of this version"), ("complete", "generate --raw"), ("genrate", "Did you mean generate?"),
+    [("launch", "octavo serve"), ("complete", "generate --raw"), ("genrate", "Did you mean generate?"),
      ("--prompt", "unknown flag")],
 )  # fmt: skip
 def test_unknown_and_absent_commands(word: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,7 @@ def test_flags_of_vllm_are_honoured_warned_of_or_refused() -> None:
     assert all("has no effect here" in note for note in parser.notes)
     assert "--pipeline-parallel-size 2 is not supported" in refusal("--pipeline-parallel-size", "2")
     assert "--enable-lora is not supported" in refusal("--enable-lora", "m")
-    assert "HTTP server" in refusal("--port", "80")
+    assert "octavo serve" in refusal("--port", "80")
 
 
 def test_no_flag_is_both_ours_and_known_from_elsewhere() -> None:
@@ -113,7 +113,7 @@ def test_config_file_is_read_and_flags_win(tmp_path: Path) -> None:
         ("- a\n- b", "table of settings"),
         ("a: [", "not valid YAML"),
         ("enable_prefix_caching: 3", "must be true or false"),
-        ("port: 80", "HTTP server"),
+        ("port: 80", "octavo serve"),
     ],
 )
 def test_a_wrong_config_file_is_refused(tmp_path: Path, content: str, said: str) -> None:

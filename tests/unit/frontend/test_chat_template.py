@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import resource
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
 from octavo.errors import ConfigError, InvalidRequestError
-from octavo.frontend import chat_template
 from octavo.frontend.chat_template import ChatOptions, ChatTemplates
 from octavo.frontend.tokenizer import Tokenizer
 
@@ -122,8 +122,15 @@ def test_developer_is_system_for_templates_that_do_not_know_it() -> None:
         (["x"], "messages[0]"),
         ([{"content": "x"}], "messages[0].role"),
         ([{"role": "robot", "content": "x"}], "messages[0].role"),
-        ([{"role": "tool", "content": "x"}], "messages[0].role"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),
+        ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "messages[0].role"),  # CHATML knows no tools
+        ([{"role": "function", "content": "x"}], "messages[0].role"),
+        ([{"role": "user", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls[0]"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+         "messages[0].tool_calls[0].function.arguments"),
+        ([{"role": "assistant", "content": "x", "function_call": {}}], "messages[0].function_call"),
+        ([{"role": "assistant", "content": None}], "messages[0].content"),
         ([{"role": "user", "content": "x"}, {"role": "user", "content": None}], "messages[1].content"),
         ([{"role": "user", "content": 3}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}], "messages[0].content[1]"),
@@ -157,23 +164,102 @@ def test_wrong_options_are_named(options: dict[str, Any], param: str) -> None:
     assert caught.value.param == param
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ 'a' * 10**9 }}",
-        "{{ 10 ** (10 ** 7) }}",
-        "{{ '%999999999d' % 1 }}",
-        "{% for a in range(90000) %}{% for b in range(90000) %}{{ 'x' * 9000 }}{% endfor %}{% endfor %}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{{ raise_exception.__globals__.datetime }}",
-    ],
-)
-def test_a_hostile_template_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Red when the sandbox or a bound goes missing: the first three would take gigabytes."""
-    monkeypatch.setattr(chat_template, "MAX_RENDERED_CHARS", 1 << 20)
+def test_a_template_that_knows_tools_gets_calls_and_answers() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% for c in m.tool_calls %}"
+        "<tool>{{ c.function.name }}({{ c.function.arguments.city }}){% endfor %};{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    messages = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "12 degrees"}]},
+    ]
+    text = ChatTemplates({"default": template}, {}).render(messages)
+    assert text == "assistant:<tool>weather(Paris);tool:12 degrees;"
+
+
+def test_a_template_gets_parts_or_text_as_it_looks_for() -> None:
+    parts = "{% for message in messages %}{% for p in message['content'] %}{{ p.text }}|{% endfor %}{% endfor %}"
+    either = "{% if messages[0].content is string %}S{% endif %}" + parts
+    messages = [{"role": "user", "content": "x"}]
+    assert ChatTemplates({"default": parts}, {}).render(messages) == "x|"
+    assert ChatTemplates({"default": either}, {}).render(messages).startswith("S")
+
+
+def test_documents_reach_templates_that_know_them() -> None:
+    documents = [{"title": "T", "text": "B"}]
+    options = ChatOptions(documents=documents)
+    source = "{% for d in documents %}{{ d.title }}={{ d.text }}{% endfor %}"
+    assert ChatTemplates({"default": source}, {}).render(CHATS[0], options) == "T=B"
+    with pytest.raises(InvalidRequestError, match="knows no documents"):
+        ChatTemplates({"default": CHATML}, {}).render(CHATS[0], options)
+
+
+def test_earlier_thoughts_reach_the_template_under_both_names() -> None:
+    source = "{{ messages[0].reasoning }}/{{ messages[0].reasoning_content }}"
+    for name in ("reasoning", "reasoning_content"):
+        messages = [{"role": "assistant", "content": "x", name: "because"}]
+        assert ChatTemplates({"default": source}, {}).render(messages) == "because/because"
+
+
+HOSTILE = {
+    "attributes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "changes": "{{ messages.append(1) }}",
+    "globals": "{{ raise_exception.__globals__.datetime }}",
+    "repeated text": "{{ 'a' * 10**9 }}",
+    "power": "{{ 10 ** (10 ** 7) }}",
+    "squares": "{% set n = namespace(x=7) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+    "macro text": "{% macro m() %}"
+    + "x" * 10**5
+    + "{% endmacro %}{% for i in range(99999) %}{% set y = m() %}{% endfor %}",
+    "block text": "{% set y %}{% for i in range(99999) %}" + "x" * 10**5 + "{% endfor %}{% endset %}",
+    "doubling ~": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "doubling +": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "doubling set": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}"
+    "{% set n.x = y %}{% endfor %}",
+    "nested lists": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}"
+    "{% endfor %}{{ n.x }}",
+    "nested batches": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x]|batch(2, n.x)|list %}"
+    "{% endfor %}{{ n.x|tojson }}",
+    "equal dicts": "{% set n = namespace(x={'a': 1}) %}{% for i in range(60) %}{% set n.x = dict(a=n.x, b=n.x) %}"
+    "{% endfor %}{{ n.x == n.x }}",
+    "center": "{{ 'a'.center(10**9) }}",
+    "center filter": "{{ 'a'|center(10**9) }}",
+    "format": "{{ '{:>1000000000}'.format(1) }}",
+    "format by value": "{{ '{0:{1}}'.format('a', 10**9) }}",
+    "percent": "{{ '%999999999d' % 1 }}",
+    "percent by value": "{{ '%*d'|format(10**9, 1) }}",
+    "indent": "{{ 'a\n'|indent(10**9) }}",
+    "json": "{{ [1]|tojson(indent=10**9) }}",
+    "replace": "{{ ('a'*1000000).replace('a', 'b'*1000000) }}",
+    "replace filter": "{{ ('a'*1000000)|replace('a', 'b'*1000000) }}",
+    "join": "{{ ('b'*1000000).join(['a']*100000) }}",
+    "join filter": "{{ (['a']*100000)|join('b'*1000000) }}",
+    "recursion": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "blocks": "{% for i in [1] %}" * 60 + "{% endfor %}" * 60,
+    "parentheses": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+}
+
+
+@pytest.mark.parametrize("source", list(HOSTILE.values()), ids=list(HOSTILE))
+def test_a_hostile_template_is_stopped(source: str) -> None:
+    """Red when the sandbox or a bound goes missing: most of these would take hours or terabytes."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InvalidRequestError):
         ChatTemplates({"default": source}, {}).render(CHATS[0])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KiB
+
+
+def test_a_template_may_do_much_with_much() -> None:
+    """The bounds grow with the conversation: ten thousand turns, each touched several times, are no attack."""
+    source = (
+        "{% for m in messages %}{% set text = m.content | trim %}{% if '</think>' in text %}"
+        "{% set text = text.split('</think>')[-1] %}{% endif %}{{ '<|' ~ m.role ~ '|>' + text + '\n' }}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "word " * 20}] * 10_000
+    assert ChatTemplates({"default": source}, {}).render(chat).count("<|user|>") == 10_000
 
 
 def test_templates_are_chosen_by_name() -> None:

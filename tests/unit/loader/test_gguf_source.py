@@ -12,7 +12,8 @@ from gguf import GGMLQuantizationType
 
 from octavo.errors import CheckpointError
 from octavo.loader import gguf as gguf_source
-from octavo.loader.gguf import GGUFSource, hf_name
+from octavo.loader.gguf import GGUFSource
+from octavo.loader.gguf_names import hf_name
 from tests.unit.loader.builders import HEADS, HIDDEN, KV_HEADS, collect, raw_blocks, request, tiny_config, write_gguf
 
 TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]

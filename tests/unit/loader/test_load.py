@@ -119,9 +119,9 @@ def test_dummy_depends_on_seed_and_name_alone() -> None:
 
 
 def test_unknown_load_format_lists_what_there_is() -> None:
-    with pytest.raises(ConfigError, match="safetensors, gguf, dummy"):
+    with pytest.raises(ConfigError, match="safetensors, gguf, pt, dummy"):
         open_source("savetensors", request(Path()))
-    with pytest.raises(ConfigError, match="pickle"):
-        open_source("pt", request(Path()))
+    with pytest.raises(ConfigError, match="read by load_format pt"):
+        open_source("bin", request(Path()))
     with pytest.raises(ConfigError, match="cannot be imported"):
         open_source("octavo.absent:Source", request(Path()))

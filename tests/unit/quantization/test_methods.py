@@ -28,9 +28,21 @@ def problem():
     return weight, x, torch.randn(40, generator=generator)
 
 
-def test_unquantized_is_exact(problem):
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_unquantized_loses_nothing(problem, is_compiled):
     weight, x, bias = problem
-    assert torch.equal(apply(Unquantized(), SHAPE, weight, x, bias), torch.nn.functional.linear(x, weight, bias))
+    method = Unquantized()
+    if not is_compiled:
+        method._native = None
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    limit = x.norm(dim=1)[:, None] * weight.norm(dim=1)[None] + bias.abs()
+    assert ((apply(method, SHAPE, weight, x, bias) - expected).abs() / limit).max() < 1e-6
+
+
+def test_unquantized_in_bfloat16(problem):
+    weight, x, bias = (tensor.bfloat16() for tensor in problem)
+    shape = LinearShape(96, 40, torch.bfloat16)
+    assert torch.equal(apply(Unquantized(), shape, weight, x, bias), torch.nn.functional.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("has_bias", [True, False])

@@ -192,3 +192,20 @@ def test_groups_keep_the_order_of_their_first_layers() -> None:
     groups = group_layers([window, full, window])
     assert [group.layer_indices for group in groups] == [(0, 2), (1,)]
     assert make_kv_spec(groups, 16).num_tensors == 2
+
+
+@pytest.mark.parametrize(
+    ("num_local", "num_full", "length", "size"),
+    [(40, 8, 131072, 8), (21, 21, 8192, 21), (52, 10, 131072, 10), (40, 8, 64, 8), (0, 32, 4096, 32), (7, 1, 4096, 1)],
+)
+def test_groups_have_a_size_that_wastes_little(num_local: int, num_full: int, length: int, size: int) -> None:
+    """A group of 8 layers beside one of 40 would leave four fifths of its blocks empty."""
+    full = AttentionSpec(4, 2, 8, 16, torch.float32, torch.float32, 1.0)
+    local = replace(full, sliding_window=1024)
+    groups = group_layers([*[local] * num_local, *[full] * num_full], length)
+    assert max(len(group.layer_indices) for group in groups) == size
+    assert sorted(index for group in groups for index in group.layer_indices) == list(range(num_local + num_full))
+    spec = make_kv_spec(groups, 16)
+    without_windows = (num_local + num_full) * length // 16
+    assert spec.num_tensors * spec.blocks_for_tokens(length) <= 1.2 * without_windows
+    assert f"holds {spec.blocks_for_tokens(length) * spec.bytes_per_block / 2**20:.1f} MiB" in spec.describe(length)

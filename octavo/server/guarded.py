@@ -1,0 +1,76 @@
+"""Puts an engine that comes back, admission, keys and limits into a Service: what ``octavo serve`` and tests share.
+
+Holds no logic of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from octavo.config.server import ServerConfig
+from octavo.engine.blame import RestartPolicy
+from octavo.engine.replay import Launch
+from octavo.engine.supervisor import EngineSupervisor, SupervisorOptions
+from octavo.engine.watchdog import WatchSettings
+from octavo.server.admission import Admission, limits_for
+from octavo.server.auth import KeyCheck
+from octavo.server.lifecycle import Lifecycle
+from octavo.server.limits import RequestLimits
+from octavo.server.service import Service
+
+
+def supervise(service: Service, launch: Launch, *, log_stats: bool = False) -> tuple[EngineSupervisor, Lifecycle]:
+    """Give a service all that guards it. Nothing is started yet.
+
+    Args:
+        service: Gets its engine when that takes requests; admission, lifecycle and layers now.
+        launch: Starts one engine process: ``octavo.engine.supervisor.launcher(args)``.
+        log_stats: Whether to log throughput while the engine works.
+    """
+    config = service.config
+    admission = Admission()
+
+    def on_ready() -> None:
+        admission.limits = limits_for(supervisor.ready.config.scheduler)
+        service.engine = supervisor
+
+    def on_phase(phase: str) -> None:
+        service.loading.phase = phase
+
+    supervisor = EngineSupervisor(
+        launch,
+        SupervisorOptions(
+            policy=RestartPolicy(max_deaths=config.max_engine_deaths),
+            watch=watch_settings(config),
+            log_stats=log_stats,
+            on_phase=on_phase,
+            on_ready=on_ready,
+            on_failed=lambda error: lifecycle.on_engine_failed(error),
+        ),
+    )
+    lifecycle = Lifecycle(supervisor, admission, config.shutdown_timeout)
+    admission.refuse = lifecycle.refusal
+    service.admission, service.lifecycle = admission, lifecycle
+    root_path = config.root_path or ""
+    service.layers += [
+        functools.partial(
+            KeyCheck,
+            keys=config.api_key,
+            admin_keys=config.admin_api_key,
+            root_path=root_path,
+            error_format=config.error_format,
+        ),
+        functools.partial(
+            RequestLimits, config=config, admission=admission, root_path=root_path, error_format=config.error_format
+        ),
+    ]
+    return supervisor, lifecycle
+
+
+def watch_settings(config: ServerConfig) -> WatchSettings:
+    """The times of the watchdog."""
+    return WatchSettings(
+        unready_after_s=config.stall_timeout,
+        dump_after_s=min(3 * config.stall_timeout, config.hang_timeout / 2),
+        restart_after_s=config.hang_timeout,
+    )

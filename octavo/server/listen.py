@@ -1,0 +1,180 @@
+"""uvicorn around the application: sockets bound before anything is loaded, our limits, our signals, our exit status.
+
+The only module that starts a web server. What signals mean is ``lifecycle.py``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from octavo.config.server import ServerConfig
+from octavo.errors import ConfigError
+from octavo.server.lifecycle import Lifecycle, first_line
+from octavo.server.protocol import limits_of, make_protocol
+from octavo.utils.logging import ROOT
+
+logger = logging.getLogger(__name__)
+BACKLOG = 2048
+CLOSE_TIMEOUT_S = 5
+"""How long connections get to close once the last request is done."""
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A listening socket, before the model is loaded: a port in use is better told at once.
+
+    Raises:
+        ConfigError: It cannot be had; ``param`` names the setting.
+    """
+    if config.uds is not None:
+        return _bind_path(config.uds)
+    host = config.host or "0.0.0.0"  # noqa: S104 - the documented default
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, config.port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port is {config.port}, but it is in use: choose another", param="port") from None
+        what = "port" if error.errno == errno.EACCES else "host"
+        raise ConfigError(
+            f"{host}:{config.port} cannot be listened on: {error.strerror or error}", param=what
+        ) from None
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _bind_path(path: str) -> socket.socket:
+    with contextlib.suppress(OSError):
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)  # left over by a server before
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(path)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"uds is {path!r}, which cannot be listened on: {error.strerror}", param="uds") from None
+    listener.listen(BACKLOG)
+    return listener
+
+
+def address_of(listener: socket.socket, config: ServerConfig) -> str:
+    """Where clients find the server, for the log."""
+    if config.uds is not None:
+        return f"unix socket {config.uds}"
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if config.ssl_certfile is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class WebServer(uvicorn.Server):
+    """uvicorn with our signals and without its own exit.
+
+    Args:
+        config: For uvicorn.
+        lifecycle: Hears of signals, and stops the server.
+    """
+
+    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle) -> None:
+        super().__init__(config)
+        self._lifecycle = lifecycle
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; the lifecycle may stop the server from now on."""
+        await super().startup(sockets)
+        self._lifecycle.attach(self, asyncio.get_running_loop())
+
+    def stop(self, *, at_once: bool) -> None:
+        """See ``lifecycle.Stoppable``."""
+        self.force_exit = self.force_exit or at_once
+        self.should_exit = True
+        if at_once:
+            for connection in list(self.server_state.connections):
+                transport: Any = getattr(connection, "transport", None)
+                if transport is not None:
+                    transport.abort()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """SIGINT and SIGTERM go to the lifecycle, and are not raised again at the end."""
+
+        def on_signal(number: int, _frame: FrameType | None) -> None:
+            self._lifecycle.on_signal(number)
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def web_config(app: Any, config: ServerConfig) -> uvicorn.Config:
+    """uvicorn's settings that ours mean."""
+    uvicorn_logger = logging.getLogger("uvicorn")
+    uvicorn_logger.handlers = list(logging.getLogger(ROOT).handlers)
+    uvicorn_logger.propagate = False
+    return uvicorn.Config(
+        app,
+        loop="auto",
+        http=make_protocol(limits_of(config, config.error_format)),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level=config.uvicorn_log_level,
+        access_log=not config.disable_uvicorn_access_log,
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=config.keep_alive_timeout,  # pyright: ignore[reportArgumentType] - a float does as well
+        timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        ssl_ca_certs=config.ssl_ca_certs,
+        ssl_cert_reqs=config.ssl_cert_reqs,
+    )
+
+
+def run(app: Any, config: ServerConfig, lifecycle: Lifecycle, listener: socket.socket) -> int:
+    """Serve until a signal, or the end of the engine.
+
+    Args:
+        app: ASGI application.
+        config: Of the server.
+        lifecycle: Decides when it is over.
+        listener: From ``bind``.
+
+    Returns:
+        The exit status. After a failure of the engine its cause is the last line on standard error.
+    """
+    server = WebServer(web_config(app, config), lifecycle)
+    logger.info("Uvicorn running on %s (Press CTRL+C to quit)", address_of(listener, config))
+    try:
+        server.run(sockets=[listener])
+    finally:
+        listener.close()
+        if config.uds is not None:
+            Path(config.uds).unlink(missing_ok=True)
+    return lifecycle.status
+
+
+def report_failure(lifecycle: Lifecycle, prog: str) -> None:
+    """The cause as the last line, once everything else has been said."""
+    if lifecycle.failure is not None:
+        sys.stderr.write(f"{prog}: error: {first_line(lifecycle.failure)}\n")
+        sys.stderr.flush()

@@ -1,0 +1,219 @@
+"""Connections with limits: uvicorn's httptools protocol, which sets none before a request is parsed.
+
+An ASGI application sees a request only when its head is complete. What must happen before is here: how long the head
+may be and take, how many connections there may be, what is said to bytes that are no HTTP. Bodies are ``limits.py``'s.
+The application does not depend on this module; another ASGI server can run it behind limits of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from octavo.config.guard import GuardConfig
+from octavo.server.openai_errors import HTTPRefusal, error_response
+
+logger = logging.getLogger(__name__)
+MAX_PIPELINED = 1000
+"""Requests of one connection that wait for the one before them."""
+LINGER_S = 5.0
+"""How long a client that was refused may go on sending its body, so that it gets to read why."""
+LINGER_BYTES = 256 * 2**20
+RESERVED_FILES = 128
+"""Open files that are no client's."""
+LOG_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """See ``GuardConfig``."""
+
+    max_connections: int
+    max_header_bytes: int
+    max_header_count: int
+    header_timeout_s: float
+    error_format: str = "openai"
+
+
+def limits_of(config: GuardConfig, error_format: str = "openai") -> ConnectionLimits:
+    """The limits that a configuration means on this machine."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = max(1, files - RESERVED_FILES) if files != resource.RLIM_INFINITY else 2**31 - 1
+    return ConnectionLimits(
+        max_connections=most if config.max_connections is None else min(config.max_connections, most),
+        max_header_bytes=config.max_header_bytes,
+        max_header_count=config.max_header_count,
+        header_timeout_s=config.header_timeout,
+        error_format=error_format,
+    )
+
+
+class RareLog:
+    """One line per ten seconds for what strangers can cause as often as they like."""
+
+    def __init__(self) -> None:
+        self._next_s = 0.0
+        self._num_silent = 0
+
+    def warn(self, message: str) -> None:
+        """Log, or count."""
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            self._num_silent += 1
+            return
+        more = f" ({self._num_silent} more of the kind before)" if self._num_silent else ""
+        logger.warning("%s%s", message, more)
+        self._next_s, self._num_silent = now_s + LOG_EVERY_S, 0
+
+
+class _RefusalError(Exception):
+    """Out of a parser's callback: stop here."""
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection. Its limits are the class's; see ``make_protocol``."""
+
+    limits: ConnectionLimits
+    log: RareLog
+
+    _refusal: HTTPRefusal | None = None
+    _timer: asyncio.TimerHandle | None = None
+    _linger: asyncio.TimerHandle | None = None
+    _is_in_head = True
+    _num_head_bytes = 0
+    _num_discarded = 0
+
+    # -------------------------------------------------------------------------------------------- connections
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            self.log.warn(f"a connection was refused: {self.limits.max_connections} are open")
+            self._refuse(HTTPRefusal(503, "too many connections", "overloaded", headers={"retry-after": "1"}))
+            return
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        if self._linger is not None:
+            self._linger.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        if self._is_in_head:
+            self._num_head_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self.log.warn("a client wants to speak another protocol over this connection, which is not possible")
+        except httptools.HttpParserError as error:
+            refusal = self._refusal or HTTPRefusal(400, "this is no valid HTTP/1.1 request", "invalid_request")
+            self.log.warn(f"a request was refused: {refusal.message} ({type(error).__name__})")
+            self._refuse(refusal)
+            return
+        if not self._is_in_head or self.transport.is_closing():
+            return
+        if self._num_head_bytes > self.limits.max_header_bytes:
+            self._refuse(self._head_too_long())
+        elif self._num_head_bytes and self._timer is None:
+            self._arm()
+
+    # ------------------------------------------------------------------------------------------ parser's calls
+
+    def on_message_begin(self) -> None:
+        self._num_head_bytes = max(self._num_head_bytes, 1)
+        self._num_discarded = 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(self.headers) >= self.limits.max_header_count:
+            self._refusal = HTTPRefusal(
+                431, f"the request has more than {self.limits.max_header_count} headers", "headers_too_large"
+            )
+            raise _RefusalError
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > self.limits.max_header_bytes:
+            self._refusal = self._head_too_long()
+            raise _RefusalError
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._refusal = HTTPRefusal(
+                429, f"more than {MAX_PIPELINED} requests wait on this connection", "too_many_pipelined"
+            )
+            raise _RefusalError
+        self._is_in_head = False
+        self._disarm()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if self.cycle.response_complete:
+            self._num_discarded += len(body)
+            if self._num_discarded > LINGER_BYTES:
+                self.transport.close()
+            return
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._is_in_head = True
+        self._num_head_bytes = 0
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._is_in_head and not self.transport.is_closing():
+            # Answered before its body was read: the rest is thrown away, for a while.
+            self._linger = self.loop.call_later(LINGER_S, self.transport.close)
+
+    # ------------------------------------------------------------------------------------------------- details
+
+    def _arm(self) -> None:
+        self._timer = self.loop.call_later(self.limits.header_timeout_s, self._on_head_timeout)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_head_timeout(self) -> None:
+        self._timer = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._arm()  # the next request dawdles, but an answer is still under way
+        elif self._num_head_bytes:
+            self._refuse(HTTPRefusal(408, "the head of the request did not arrive in time", "header_timeout"))
+        else:
+            self.transport.close()
+
+    def _head_too_long(self) -> HTTPRefusal:
+        return HTTPRefusal(
+            431, f"the head of the request is longer than {self.limits.max_header_bytes} bytes", "headers_too_large"
+        )
+
+    def _refuse(self, refusal: HTTPRefusal) -> None:
+        """Answer without the application, and close. While an answer is under way, only close."""
+        if self.cycle is None or self.cycle.response_complete:
+            response = error_response(refusal, self.limits.error_format)
+            lines = [STATUS_LINE[refusal.status]]
+            lines += [b"%b: %b\r\n" % header for header in response.raw_headers]
+            self.transport.write(b"".join([*lines, b"connection: close\r\n\r\n", bytes(response.body)]))
+        self._disarm()
+        self.transport.close()
+
+
+def make_protocol(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
+    """A protocol class for ``uvicorn.Config(http=...)``."""
+    return type("LimitedProtocol", (GuardedProtocol,), {"limits": limits, "log": RareLog()})

@@ -1,0 +1,219 @@
+"""What may happen to a server: each scenario does it to a running one, checks what must hold, returns what it measured.
+
+Used small by ``test_chaos.py`` and large by ``python -m tests.chaos.run``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from typing import Any
+
+import psutil
+
+from tests.chaos.client import Answer, Call, ask, completion
+from tests.chaos.process import ServerProcess
+
+Figures = dict[str, float]
+
+
+async def all_streams(server: ServerProcess, count: int, max_tokens: int, **more: Any) -> list[Answer]:
+    return list(await asyncio.gather(*(stream(server, index, max_tokens, **more) for index in range(count))))
+
+
+async def stream(server: ServerProcess, index: int, max_tokens: int, on_event: Any = None, **more: Any) -> Answer:
+    call = await Call.send(server.port, "/v1/completions", completion(index, max_tokens, **more))
+    return await call.answer(on_event)
+
+
+def check_complete(answers: list[Answer]) -> None:
+    for index, answer in enumerate(answers):
+        assert answer.status == 200, f"stream {index}: {answer.status} {answer.error}"
+        assert answer.error is None and answer.is_complete, f"stream {index}: {answer.error}"
+        assert answer.finish_reason == "length", f"stream {index}: {answer.finish_reason}"
+
+
+async def kill_under_streams(server: ServerProcess, count: int, max_tokens: int, kills: int = 1) -> Figures:
+    """kill -9 of the engine while streams run: every text as if nothing had happened, greedy and seeded."""
+    sampling: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 1.0, "seed": 7, "top_p": 0.9},
+        {"temperature": 0.8, "seed": 8, "presence_penalty": 1.0, "repetition_penalty": 1.3, "logprobs": 2},
+        {"temperature": 0, "min_tokens": max_tokens - 3, "stop": ["e"], "ignore_eos": False},
+    ]
+    usage = {"stream_options": {"include_usage": True}}
+
+    async def run(on_event: Any = None) -> list[Answer]:
+        mix = [sampling[index % len(sampling) if index % 3 == 0 else 0] for index in range(count)]
+        tasks = [stream(server, index, max_tokens, on_event, **mix[index], **usage) for index in range(count)]
+        return list(await asyncio.gather(*tasks))
+
+    undisturbed = await run()
+    await server.until_idle()
+    num_events = 0
+
+    def count_event(_answer: Answer) -> None:
+        nonlocal num_events
+        num_events += 1
+
+    running = asyncio.create_task(run(count_event))
+    gap_s = 0.0
+    total = sum(len(answer.events) for answer in undisturbed)
+    for kill in range(kills):
+        while num_events < total * (kill + 1) / (kills + 2) and not running.done():
+            await asyncio.sleep(0.005)
+        await server.kill_engine()
+        died_s = time.monotonic()
+        before = num_events
+        while num_events == before and not running.done():
+            await asyncio.sleep(0.005)
+        await server.until(200, "/readyz")
+        gap_s = max(gap_s, time.monotonic() - died_s)
+    disturbed = await running
+    for index, (was, now) in enumerate(zip(undisturbed, disturbed, strict=True)):
+        assert now.error is None and now.is_complete, f"stream {index}: {now.error}"
+        assert now.text == was.text, f"stream {index}: {was.text!r} became {now.text!r}"
+        assert now.finish_reason == was.finish_reason
+        assert usage_of(now) == usage_of(was), f"stream {index}: {usage_of(was)} became {usage_of(now)}"
+        assert logprob_tokens(now) == logprob_tokens(was), f"stream {index}"
+    await server.until_idle()
+    return {
+        "streams": count,
+        "longest gap of a stream, s": max(answer.longest_gap_s for answer in disturbed),
+        "until ready again, s": gap_s,
+    }
+
+
+def usage_of(answer: Answer) -> tuple[int, int]:
+    usage = answer.events[-1]["usage"]
+    return usage["prompt_tokens"], usage["completion_tokens"]
+
+
+def logprob_tokens(answer: Answer) -> list[str]:
+    found: list[str] = []
+    for event in answer.events:
+        if event.get("choices") and event["choices"][0].get("logprobs"):
+            found += event["choices"][0]["logprobs"]["tokens"]
+    return found
+
+
+async def vanishing_clients(server: ServerProcess, count: int, max_tokens: int, seed: int = 0) -> Figures:
+    """Clients that go at random moments: streaming or not, alone or n = 3, waiting or running, within the body."""
+    rng = random.Random(seed)
+    good = asyncio.create_task(all_streams(server, 3, max_tokens))
+
+    async def vanish(index: int) -> None:
+        await asyncio.sleep(rng.random() * 0.5)
+        body = completion(index, max_tokens, stream=rng.random() < 0.6, n=rng.choice([1, 1, 3]))
+        path, data = "/v1/completions", body
+        if rng.random() < 0.3:
+            del data["prompt"]
+            path, data = "/v1/chat/completions", {**data, "messages": [{"role": "user", "content": f"Hi {index}"}]}
+        if rng.random() < 0.1:
+            call = await Call.send(server.port, path, b'{"model": "m", ', headers={"Expect": "100-continue"})
+        else:
+            call = await Call.send(server.port, path, data)
+        await asyncio.sleep(rng.random() ** 2 * 2)
+        await call.vanish()
+
+    await asyncio.gather(*(vanish(index) for index in range(count)))
+    check_complete(await good)
+    freed_s = await server.until_idle()
+    answer = await ask(server.port, "/load")
+    assert answer.json == {"server_load": 0}
+    return {"clients": count, "until every block is back, s": freed_s}
+
+
+async def sigterm_under_load(server: ServerProcess, count: int, max_tokens: int) -> Figures:
+    """SIGTERM while streams run and others are about to come: all that was accepted is finished, the rest told so."""
+    begun = asyncio.Event()
+    streams = asyncio.create_task(all_streams(server, count, max_tokens, on_event=lambda _: begun.set()))
+    await begun.wait()
+    sent_s = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    await server.until(503, "/readyz")
+    late = await ask(server.port, "/v1/completions", completion(999, 5))
+    assert late.status == 503 and int(late.headers["retry-after"]) >= 1, late
+    assert (await ask(server.port, "/livez")).status == 200
+    check_complete(await streams)
+    done_s = time.monotonic()
+    assert await asyncio.to_thread(server.wait) == 0, server.tail()
+    return {"streams": count, "drain, s": done_s - sent_s, "exit after the last token, s": time.monotonic() - done_s}
+
+
+async def second_sigterm(server: ServerProcess) -> Figures:
+    """The second signal ends what the first let run."""
+    begun = asyncio.Event()
+
+    async def endless(index: int) -> None:
+        try:
+            answer = await stream(server, index, 1500, lambda _: begun.set())
+            assert not answer.is_complete or answer.error is not None
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+
+    streams = asyncio.gather(*(endless(index) for index in range(4)))
+    await begun.wait()
+    server.process.send_signal(signal.SIGTERM)
+    await server.until(503, "/readyz")
+    sent_s = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    status = await asyncio.to_thread(server.wait)
+    assert status == 128 + signal.SIGTERM, server.tail()
+    await streams
+    return {"exit after the second signal, s": time.monotonic() - sent_s}
+
+
+async def hung_engine(server: ServerProcess, count: int, max_tokens: int) -> Figures:
+    """SIGSTOP of the engine: noticed, told, described in the log, ended; streams go on with the next one."""
+    undisturbed = await all_streams(server, count, max_tokens)
+    begun = asyncio.Event()
+    streams = asyncio.create_task(all_streams(server, count, max_tokens, on_event=lambda _: begun.set()))
+    await begun.wait()
+    stopped_s = time.monotonic()
+    pid = await server.kill_engine(signal.SIGSTOP)
+    noticed_s = await server.until(503, "/health")
+    health = await ask(server.port, "/health")
+    assert health.status == 503 and health.error is not None and "no step has finished" in health.error["message"]
+    assert (await ask(server.port, "/livez")).status == 200
+    disturbed = await streams
+    check_complete(disturbed)
+    assert [answer.text for answer in disturbed] == [answer.text for answer in undisturbed]
+    assert not psutil.pid_exists(pid)
+    log = server.log.read_text()
+    assert "has finished no step for" in log and "most recent call first" in log and "stopped" in log
+    return {"streams": count, "until /health says so, s": noticed_s, "until all done, s": time.monotonic() - stopped_s}
+
+
+async def three_deaths(server: ServerProcess) -> Figures:
+    """The third death within ten minutes is the last: status 70, the cause as last line, streams told."""
+    endless = asyncio.gather(*(stream(server, index, 1500) for index in range(3)), return_exceptions=True)
+    for death in range(3):
+        if death:
+            await server.until_ready()
+        await server.kill_engine()
+        if death < 2:
+            await server.until(503, "/readyz")
+    died_s = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)  # too late to make it a success
+    assert await asyncio.to_thread(server.wait) == 70, server.tail()
+    for answer in await endless:
+        assert isinstance(answer, Exception) or answer.error is not None, answer
+    last = server.log.read_text().strip().splitlines()[-1]
+    assert "3 times within 10 minutes" in last and "signal 9" in last, last
+    return {"exit after the third death, s": time.monotonic() - died_s}
+
+
+async def idle_cpu(server: ServerProcess, seconds: float) -> Figures:
+    """CPU time of all processes of a server that nobody asks anything, as a share of one core."""
+    family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    await asyncio.sleep(1.0)
+
+    def used() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in family)
+
+    before, begin = used(), time.monotonic()
+    await asyncio.sleep(seconds)
+    return {"idle CPU, % of one core": 100 * (used() - before) / (time.monotonic() - begin)}

@@ -1,0 +1,125 @@
+"""Each family as GGUF: the same config and the same tensors as in the checkpoint that the file was made of.
+
+Tensors and everything of the config that a model computes with are equal, so logits are too; those are proven against
+transformers in ``test_families.py``. One variant of each kind of file is run to the end all the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from octavo import LLM, SamplingParams
+from octavo.checkpoint.config_reader import read_model_config
+from octavo.checkpoint.locate import locate_model
+from octavo.config.model import ModelConfig
+from octavo.loader.export import export_hf
+from octavo.loader.gguf import GGUFSource
+from octavo.models.registry import MODELS
+from tests.models.families import VARIANTS, make_reference
+from tests.models.to_gguf import write_hf_gguf
+from tests.unit.loader.builders import collect, request
+
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+IN_GGUF: dict[str, dict[str, Any]] = {
+    "llama-mha": {}, "llama-gqa": {}, "llama-mqa": {}, "llama-linear": {}, "llama-yarn": {}, "llama-biases": {},
+    "llama-tied": {"rope_parameters": _LLAMA3},
+    "smollm3": {"no_rope_layers": None, "num_hidden_layers": 5},
+    "granite": {}, "mistral": {}, "qwen2": {}, "qwen2-yarn": {}, "qwen3": {}, "olmo2": {},
+    "olmo3": {"layer_types": None, "num_hidden_layers": 5},
+    "phi2": {}, "phi3": {}, "phi3-long": {}, "phi4-mini": {}, "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16},
+    "mixtral": {},
+    "qwen2-moe": {"mlp_only_layers": []},
+    "qwen3-moe": {}, "olmoe": {},
+}  # fmt: skip
+"""Variant to what a GGUF file of its family cannot say otherwise: released models are so."""
+RUN = ("llama-tied", "phi2", "phi3-long", "gemma2", "gemma3", "mixtral", "qwen2-moe", "qwen3-moe")
+NOT_COMPARED = frozenset(
+    {"hf", "dtype", "generation_defaults", "bos_token_id", "eos_token_ids", "text_half_of"}
+    # Llama and Mistral are one class; whether there are biases is shown by the tensors.
+    | {"architecture", "attention_bias", "mlp_bias"}
+)
+torch.set_num_threads(1)
+
+
+def both(name: str, tmp_path: Path) -> tuple[Path, Path]:
+    """A variant as a folder and as a GGUF file."""
+    folder, path = tmp_path / "hf", tmp_path / "m.gguf"
+    reference = make_reference(name, **IN_GGUF[name])
+    reference.save_pretrained(folder)
+    size = reference.config.vocab_size
+    write_hf_gguf(reference, folder, path, **{
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [-float(i) for i in range(size)],
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(3, size))],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [1] * (size - 3),
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
+    })  # fmt: skip
+    return folder, path
+
+
+@pytest.mark.parametrize("name", IN_GGUF)
+def test_gguf_equals_the_checkpoint_it_was_made_of(name: str, tmp_path: Path) -> None:
+    folder, path = both(name, tmp_path)
+    expected = read_model_config(locate_model(str(folder)))
+    found = read_model_config(locate_model(str(path)))
+    assert MODELS.load(found.architecture) is MODELS.load(expected.architecture)
+    for each in fields(ModelConfig):
+        if each.name not in NOT_COMPARED:
+            assert _close(getattr(found, each.name), getattr(expected, each.name)), (
+                f"{each.name}: {getattr(found, each.name)} and {getattr(expected, each.name)}"
+            )
+    theirs = load_file(folder / "model.safetensors")
+    if expected.tie_word_embeddings:
+        theirs.pop("lm_head.weight", None)
+    ours = collect(GGUFSource(request(path, found)))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].shape == tensor.shape, key
+        assert torch.allclose(ours[key].float(), tensor.float(), rtol=0, atol=1e-6), key
+
+
+def _close(found: Any, expected: Any) -> bool:
+    """Equal, numbers up to what float32 holds."""
+    if isinstance(expected, float) and isinstance(found, float):
+        return found == pytest.approx(expected, rel=1e-6)
+    if hasattr(expected, "__dataclass_fields__") and type(found) is type(expected):
+        return all(_close(getattr(found, f.name), getattr(expected, f.name)) for f in fields(expected))
+    if isinstance(expected, dict) and isinstance(found, dict):
+        # LongRoPE's factor is computed where it is not written.
+        return found.keys() - {"attention_factor"} == expected.keys() and all(
+            _close(found[key], value) for key, value in expected.items()
+        )
+    if isinstance(expected, list | tuple) and isinstance(found, list | tuple):
+        return len(found) == len(expected) and all(map(_close, found, expected))
+    return bool(found == expected)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_gguf_and_its_export_answer_as_the_checkpoint_does(name: str, tmp_path: Path) -> None:
+    folder, path = both(name, tmp_path)
+    exported = export_hf(path, tmp_path / "out", "float32") if name in RUN[:3] else None
+    answers = [_answer(p, VARIANTS[name].max_model_len) for p in (folder, path, exported) if p is not None]
+    assert all(answer == answers[0] for answer in answers)
+
+
+def _answer(path: Path, max_model_len: int) -> list[list[int]]:
+    llm = LLM(
+        str(path), dtype="float32", skip_tokenizer_init=True, num_threads=1, block_size=16, in_process=True,
+        num_gpu_blocks_override=100, max_model_len=max_model_len, max_num_seqs=4,
+    )  # fmt: skip
+    prompts = [{"prompt_token_ids": [3 + (7 * i + start) % 70 for i in range(90)]} for start in (0, 5)]
+    try:
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+    finally:
+        llm.close()
