@@ -41,6 +41,7 @@ KINDS: Mapping[str, str] = {
     "throughput": "Requests and tokens per second with everything submitted at once.",
 }
 OTHER_KINDS: Mapping[str, tuple[str, str]] = {
+    "serve": ("octavo.cli.bench_serve:main", "Load any OpenAI-compatible server, and measure what its users feel."),
     "workloads": (
         "octavo.cli.bench_workloads:main",
         "Fixed workloads on dummy weights, beside what the device could do.",
@@ -48,7 +49,6 @@ OTHER_KINDS: Mapping[str, tuple[str, str]] = {
 }
 """Measurements with flags of their own: where they are, and what they do."""
 ABSENT: Mapping[str, str] = {
-    "serve": "it measures the HTTP server, which is not part of this version yet",
     "startup": "the start-up time is in the report of latency and throughput (startup_s)",
     "sweep": "run latency or throughput once per setting",
 }

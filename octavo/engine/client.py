@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -52,15 +52,11 @@ _RESULT_TYPES: dict[str, Any] = {"snapshot": EngineSnapshot}
 
 
 class ProcessHandle(Protocol):
-    """What a client needs of the engine process: ``subprocess.Popen``, or a stand-in where another process owns it."""
+    """What a client must know of an engine process that it may not own."""
 
     @property
     def pid(self) -> int: ...
-    @property
-    def stdin(self) -> IO[bytes] | None: ...
     def wait(self, timeout: float | None = None) -> int: ...
-    def terminate(self) -> None: ...
-    def kill(self) -> None: ...
 
 
 class EngineClient(Protocol):
@@ -125,9 +121,13 @@ class _PumpedClient(ABC):
 
     Whoever waits (``recv`` or ``call``) takes the pump lock and moves messages in; so a call works with and without
     another thread in ``recv``.
+
+    Args:
+        client_index: Which frontend of the engine this is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, client_index: int = 0) -> None:
+        self._client_index = client_index
         self._outputs: deque[EngineCoreOutputs] = deque()
         self._calls: dict[int, Future[Any]] = {}
         self._next_call_id = 0
@@ -172,7 +172,7 @@ class _PumpedClient(ABC):
             call_id = self._next_call_id
             self._next_call_id += 1
             self._calls[call_id] = future
-        self._send(CoreCall(call_id, method, list(args)))
+        self._send(CoreCall(call_id, method, list(args), self._client_index))
         deadline_s = time.monotonic() + CALL_TIMEOUT_S
         while not future.done():
             if time.monotonic() >= deadline_s:
@@ -268,13 +268,14 @@ class ZmqClient(_PumpedClient):
     """The engine in a child process, over two ipc sockets.
 
     Args:
-        process: The child. Ends when its stdin is closed.
+        process: A child, which is ended with the client; or one that belongs to another process, which is not.
         inbound: PUSH socket to the core.
         outbound: PULL socket from the core.
         death_fd: Read end of a pipe whose other end only the child holds: readable once the child is gone.
         ready: What the core reported when it was up.
         cleanup: Called once after the sockets are closed.
         steps: Counts the core's steps.
+        client_index: Which frontend of the engine this is.
     """
 
     def __init__(
@@ -286,8 +287,9 @@ class ZmqClient(_PumpedClient):
         ready: EngineReady,
         cleanup: Callable[[], None],
         steps: Heartbeat,
+        client_index: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(client_index)
         self._steps = steps
         self._process = process
         self._inbound = inbound
@@ -296,7 +298,8 @@ class ZmqClient(_PumpedClient):
         self._ready = ready
         self._is_closed = False
         # Also runs when the client is forgotten, and at the end of the program.
-        self._release = weakref.finalize(self, _release, process, [inbound, outbound], death_fd, cleanup)
+        self._child = process if isinstance(process, subprocess.Popen) else None
+        self._release = weakref.finalize(self, _release, self._child, [inbound, outbound], death_fd, cleanup)
         self._send_lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder()
         self._reader: Reader[CoreOutput] = Reader(CoreOutput, "an engine")
@@ -354,15 +357,20 @@ class ZmqClient(_PumpedClient):
                 return
             self._is_closed = True
         self._die("the engine was closed")
-        end_process(self._process)  # also wakes a thread that waits in recv
+        if self._child is not None:
+            end_process(self._child)  # also wakes a thread that waits in recv
         with self._pump_lock:
             self._release()
 
 
 def _release(
-    process: ProcessHandle, sockets: list[zmq.Socket[bytes]], death_fd: int, cleanup: Callable[[], None]
+    child: subprocess.Popen[bytes] | None,
+    sockets: list[zmq.Socket[bytes]],
+    death_fd: int,
+    cleanup: Callable[[], None],
 ) -> None:
-    end_process(process)
+    if child is not None:
+        end_process(child)
     for socket in sockets:
         socket.close(linger=0)
     os.close(death_fd)
@@ -389,7 +397,7 @@ def describe_exit(process: ProcessHandle) -> str:
     return f"the engine process ended with status {code}; its last words are on standard error"
 
 
-def end_process(process: ProcessHandle) -> None:
+def end_process(process: subprocess.Popen[bytes]) -> None:
     """Close the child's stdin, which asks it to end; then insist."""
     if process.stdin is not None:
         process.stdin.close()

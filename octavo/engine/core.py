@@ -104,6 +104,7 @@ class EngineCore:
         self._is_settled = True  # nothing was done since the last look at the books
         self._on_step: Callable[[], None] = _nothing
         self._calls: dict[str, Callable[..., Any]] = {
+            "abort_client": self._abort_client,
             "check_books": scheduler.check_books,
             "ping": lambda: "pong",
             "reset_prefix_cache": scheduler.reset_prefix_cache,
@@ -242,6 +243,14 @@ class EngineCore:
             return CoreResult(call.call_id, value=method(*call.args))
         except (OctavoError, TypeError) as error:  # TypeError: wrong arguments, the caller's fault
             return CoreResult(call.call_id, error=f"{type(error).__name__}: {error}")
+
+    def _abort_client(self, client_index: int) -> int:
+        """A frontend is gone: end its requests, without a word to it. Returns how many there were."""
+        request_ids = [each for each, index in self._client_of.items() if index == client_index]
+        self._scheduler.abort(request_ids)
+        for request_id in request_ids:
+            del self._client_of[request_id]
+        return len(request_ids)
 
     def _finish(self, step: InFlight) -> None:
         result = step.future.result()  # waits for this step only, not for those queued behind it

@@ -82,6 +82,7 @@ class Link:
     """One frontend's sockets to one engine process. To be opened before the process is started."""
 
     def __init__(self, addresses: EngineAddresses, client_index: int = 0) -> None:
+        self.client_index = client_index
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.outbound = make_socket(self.context, zmq.PULL)
         self.inbound = make_socket(self.context, zmq.PUSH)
@@ -188,21 +189,36 @@ def _launch_process(args: Any, build: str, listener: LaunchListener) -> ZmqClien
 
 
 def attach(
-    addresses: EngineAddresses, link: Link, process: ProcessHandle, death_fd: int, listener: LaunchListener
+    addresses: EngineAddresses,
+    link: Link,
+    process: ProcessHandle,
+    death_fd: int,
+    listener: LaunchListener,
+    ready: EngineReady | None = None,
 ) -> ZmqClient:
     """Wait until a process that was started takes requests, and return the client to it, which owns all of these.
+
+    Args:
+        addresses: Where they meet. The folder is removed with the last frontend's client.
+        link: This frontend's sockets.
+        process: The engine.
+        death_fd: See ``spawn_engine``.
+        listener: Who wants to hear of the start.
+        ready: What the engine reported, where that is known and it will not report again.
 
     Raises:
         ConfigError, ModelNotFoundError, CheckpointError, EngineDeadError: See ``launch_engine``; nothing is closed.
     """
-    ready = _await_ready(process, link.outbound, death_fd, listener)
+    if ready is None:
+        ready = _await_ready(process, link.outbound, death_fd, listener)
 
     def cleanup() -> None:
         link.context.term()
-        shutil.rmtree(addresses.runtime_dir, ignore_errors=True)
+        if len(addresses.outbound) == 1:  # else whoever has started the engine removes it
+            shutil.rmtree(addresses.runtime_dir, ignore_errors=True)
 
     steps = Heartbeat(Path(addresses.steps_path))
-    return ZmqClient(process, link.inbound, link.outbound, death_fd, ready, cleanup, steps)
+    return ZmqClient(process, link.inbound, link.outbound, death_fd, ready, cleanup, steps, link.client_index)
 
 
 def _configured_level() -> str | None:

@@ -114,6 +114,10 @@ class EngineSupervisor:
         """Begin to start the engine, in the background. Once."""
         self._thread.start()
 
+    def wait_loaded(self, timeout_s: float) -> None:
+        """Wait until the first start has succeeded or failed, or the time is up."""
+        self._thread.join(timeout_s)
+
     # --------------------------------------------------------------------------------------------------- how it is
 
     @property

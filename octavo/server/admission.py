@@ -35,9 +35,10 @@ class AdmissionLimits:
     """Prompt tokens of requests that have not begun."""
 
 
-def limits_for(config: SchedulerConfig) -> AdmissionLimits:
-    """Room for all that the engine runs at once and the queue behind it."""
-    return AdmissionLimits(config.max_num_seqs + config.max_num_queued_reqs, config.max_num_queued_tokens)
+def limits_for(config: SchedulerConfig, count: int = 1) -> AdmissionLimits:
+    """Room for all that the engine runs at once and the queue behind it, or one of ``count`` equal shares of it."""
+    sequences = config.max_num_seqs + config.max_num_queued_reqs
+    return AdmissionLimits(math.ceil(sequences / count), math.ceil(config.max_num_queued_tokens / count))
 
 
 class Ticket:

@@ -6,6 +6,7 @@ Holds no logic of its own.
 from __future__ import annotations
 
 import functools
+import logging
 
 from octavo.config.server import ServerConfig
 from octavo.engine.blame import RestartPolicy
@@ -18,21 +19,28 @@ from octavo.server.lifecycle import Lifecycle
 from octavo.server.limits import RequestLimits
 from octavo.server.service import Service
 
+logger = logging.getLogger(__name__)
 
-def supervise(service: Service, launch: Launch, *, log_stats: bool = False) -> tuple[EngineSupervisor, Lifecycle]:
+
+def supervise(
+    service: Service, launch: Launch, *, log_stats: bool = False, index: int = 0, count: int = 1
+) -> tuple[EngineSupervisor, Lifecycle]:
     """Give a service all that guards it. Nothing is started yet.
 
     Args:
         service: Gets its engine when that takes requests; admission, lifecycle and layers now.
         launch: Starts one engine process: ``octavo.engine.supervisor.launcher(args)``.
         log_stats: Whether to log throughput while the engine works.
+        index: Which of several HTTP processes this is.
+        count: How many there are: each lets in its share.
     """
     config = service.config
     admission = Admission()
 
     def on_ready() -> None:
-        admission.limits = limits_for(supervisor.ready.config.scheduler)
+        admission.limits = limits_for(supervisor.ready.config.scheduler, count)
         service.engine = supervisor
+        logger.info("Application startup complete.")  # scripts wait for this line
 
     def on_phase(phase: str) -> None:
         service.loading.phase = phase
@@ -43,6 +51,7 @@ def supervise(service: Service, launch: Launch, *, log_stats: bool = False) -> t
             policy=RestartPolicy(max_deaths=config.max_engine_deaths),
             watch=watch_settings(config),
             log_stats=log_stats,
+            client_index=index,
             on_phase=on_phase,
             on_ready=on_ready,
             on_failed=lambda error: lifecycle.on_engine_failed(error),

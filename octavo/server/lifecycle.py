@@ -51,7 +51,7 @@ class Lifecycle:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
         self._num_signals = 0
-        self._drained_by: int | None = None
+        self._early_signal: int | None = None
         self.is_draining = False
         self.failure: OctavoError | None = None
         self.status = 0
@@ -91,15 +91,20 @@ class Lifecycle:
         self._server, self._loop = server, loop
         if self.failure is not None:
             self._end_for_failure()
+        elif self._early_signal is not None:
+            self._begin_drain(self._early_signal)
 
     def on_signal(self, number: int) -> None:
         """SIGTERM or SIGINT; from a signal handler, whatever it has interrupted."""
-        if self._loop is not None:
+        if self._loop is None:
+            self._early_signal = number
+        else:
             self._loop.call_soon_threadsafe(self._begin_drain, number)
 
     def on_engine_failed(self, error: OctavoError) -> None:
-        """There will be no engine any more; from any thread. The first cause stays, whatever comes after."""
-        if self.failure is None and not self.is_draining:
+        """There will be no engine any more; from any thread. The first cause stays, whatever comes after. A drain that
+        has nothing left to lose does not care."""
+        if self.failure is None and (not self.is_draining or self._admission.num_requests):
             self.failure = error
             self.status = EXIT_ENGINE_FAILED
             if self._loop is not None:
@@ -153,6 +158,9 @@ class Lifecycle:
 
 
 def first_line(error: OctavoError) -> str:
-    """An error in one line, for the last one of a log: an engine's cause may bring its whole stack."""
+    """An error in one line, for the last one of a log: an engine's cause may bring its whole stack, which ends with
+    what was raised."""
     lines = [line.strip() for line in error.message.splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -39,14 +39,32 @@ def bind(config: ServerConfig) -> socket.socket:
     Raises:
         ConfigError: It cannot be had; ``param`` names the setting.
     """
+    return bind_several(config, 1)[0]
+
+
+def bind_several(config: ServerConfig, count: int) -> list[socket.socket]:
+    """Listening sockets of one address among which the system spreads connections; a single one for a Unix socket.
+
+    Raises:
+        ConfigError: It cannot be had; ``param`` names the setting.
+    """
     if config.uds is not None:
-        return _bind_path(config.uds)
+        return [_bind_path(config.uds)]
+    # Without the option a second server on the port is refused, so it is set only where it is needed.
+    first = _bind_port(config, config.port, is_shared=count > 1)
+    port = first.getsockname()[1]
+    return [first, *(_bind_port(config, port, is_shared=True) for _ in range(count - 1))]
+
+
+def _bind_port(config: ServerConfig, port: int, *, is_shared: bool) -> socket.socket:
     host = config.host or "0.0.0.0"  # noqa: S104 - the documented default
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if is_shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
-        listener.bind((host, config.port))
+        listener.bind((host, port))
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

@@ -64,11 +64,21 @@ class ServerProcess:
 
     def engine_pid(self) -> int:
         """Of the engine process that lives."""
+        found = self._children("octavo.engine.core_main")
+        assert found, "there is no engine"
+        return found[0]
+
+    def workers(self) -> list[int]:
+        """HTTP processes, where there are several."""
+        return self._children("octavo.server.worker_main")
+
+    def _children(self, module: str) -> list[int]:
+        found: list[int] = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with suppress(psutil.Error):
-                if child.status() != psutil.STATUS_ZOMBIE and "octavo.engine.core_main" in child.cmdline():
-                    return child.pid
-        raise AssertionError("there is no engine")
+                if child.status() != psutil.STATUS_ZOMBIE and module in child.cmdline():
+                    found.append(child.pid)
+        return found
 
     async def kill_engine(self, number: signal.Signals = signal.SIGKILL) -> int:
         """Send a signal to the engine; its id."""

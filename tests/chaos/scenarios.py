@@ -6,6 +6,7 @@ Used small by ``test_chaos.py`` and large by ``python -m tests.chaos.run``.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
 import time
@@ -217,3 +218,32 @@ async def idle_cpu(server: ServerProcess, seconds: float) -> Figures:
     before, begin = used(), time.monotonic()
     await asyncio.sleep(seconds)
     return {"idle CPU, % of one core": 100 * (used() - before) / (time.monotonic() - begin)}
+
+
+async def several_http_processes(server: ServerProcess, count: int, max_tokens: int) -> Figures:
+    """The engine dies under all HTTP processes, then one of these does: the others' streams never notice the latter."""
+    figures = await kill_under_streams(server, count, max_tokens)
+    answers: dict[int, Answer | BaseException] = {}
+    begun = asyncio.Semaphore(0)
+
+    async def run(index: int) -> None:
+        try:
+            answers[index] = await stream(server, index, 4 * max_tokens, lambda _: begun.release())
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            answers[index] = error
+
+    tasks = [asyncio.create_task(run(index)) for index in range(count)]
+    for _ in range(count):
+        await begun.acquire()
+    victim = server.workers()[0]
+    os.kill(victim, signal.SIGKILL)
+    await asyncio.gather(*tasks)
+    lost = [each for each in answers.values() if isinstance(each, BaseException)]
+    check_complete([each for each in answers.values() if isinstance(each, Answer)])
+    assert len(lost) < count, "all streams were on one process"
+    await server.until_ready()
+    while len(server.workers()) < 2:
+        await asyncio.sleep(0.05)
+    await server.until_idle()
+    check_complete(await all_streams(server, count, 5))
+    return {**figures, "streams lost with their HTTP process": len(lost)}

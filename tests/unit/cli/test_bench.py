@@ -85,7 +85,6 @@ def test_prefix_caching_can_be_asked_for() -> None:
 
 
 def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve"], Maker()) == 2
     assert main(["latencey"], Maker()) == 2
     assert "Did you mean latency?" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="at least 1"):

@@ -24,8 +24,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("word", "said"),
-    [("launch", "octavo serve"), ("complete", "generate --raw"), ("genrate", "Did you mean generate?"),
-     ("--prompt", "unknown flag")],
+    [("launch", "octavo serve"), ("genrate", "Did you mean generate?"), ("--prompt", "unknown flag")],
 )  # fmt: skip
 def test_unknown_and_absent_commands(word: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([word]) == 2
