@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from octavo import LLM, RequestOutput, SamplingParams
+from octavo.loader.export import export_hf
 
 VOCAB_SIZE = 211
 TINY_CONFIG = {
@@ -33,6 +34,12 @@ TINY_CONFIG = {
 }
 
 MakeLLM = Callable[..., LLM]
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model as a Hugging Face folder: the GGUF file's weights, dequantised to float32."""
+    return export_hf(smollm2_gguf, tmp_path_factory.mktemp("smollm2"), "float32")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from octavo import LLM, RequestOutput, SamplingParams
-from octavo.loader.export import export_hf
 
 NUM_TOKENS = 64
 LENGTHS = [5, 6, 8, 12, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 100, 200, 333, 512, 900, 1500]
@@ -54,11 +53,10 @@ def ours(llm: LLM, prompts: list[list[int]]) -> list[RequestOutput]:
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers' model of the same weights: the GGUF file's, dequantised to float32."""
+def reference(smollm2_folder: Path) -> Any:
+    """transformers' model of the same weights."""
     transformers = pytest.importorskip("transformers")
-    folder = export_hf(smollm2_gguf, tmp_path_factory.mktemp("smollm2"), "float32")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    return transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype="float32")
 
 
 @pytest.mark.slow
