@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import OctavoError
-from octavo.server import chat, completions, health, metrics, models, requests, timeline, tokenize
+from octavo.server import chat, completions, embeddings, health, metrics, models, requests, timeline, tokenize
 from octavo.server.openai_errors import HTTPRefusal, error_response, log_internal
 from octavo.server.service import ASGIApp, Service
 
@@ -25,6 +25,7 @@ ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
     chat.make_router,
     completions.make_router,
     tokenize.make_router,
+    embeddings.make_router,
     requests.make_router,
     health.make_router,
     metrics.make_router,

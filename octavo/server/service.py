@@ -25,6 +25,8 @@ from octavo.messages import EngineReady, RequestTimeline
 from octavo.observability.metrics import Metric
 from octavo.observability.request_stats import RequestStats
 from octavo.outputs import RequestOutput, RequestStateStats
+from octavo.pooling_outputs import PoolingRequestOutput
+from octavo.pooling_params import PoolingParams
 from octavo.sampling_params import SamplingParams
 from octavo.server.open_requests import OpenRequests
 from octavo.server.sse import StallGuard
@@ -69,6 +71,16 @@ class Engine(Protocol):
         priority: int = 0,
         tenant: str = "default",
     ) -> AsyncGenerator[RequestOutput, None]: ...
+    async def encode(
+        self,
+        prompt: object,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        task: str = "encode",
+        priority: int = 0,
+        tenant: str = "default",
+    ) -> PoolingRequestOutput: ...
     async def abort(self, request_id: str | list[str], *, only_if_waiting: bool = False) -> None: ...
     def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None

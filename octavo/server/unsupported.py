@@ -74,6 +74,17 @@ COMPLETIONS: Mapping[str, Unsupported] = {
 }
 SHARED_TOKENS: Mapping[str, Unsupported] = {"tools": Unsupported(_TOOLS), "mm_processor_kwargs": Unsupported(_MEDIA)}
 """Of ``/tokenize``."""
+POOLING: Mapping[str, Unsupported] = {
+    "messages": Unsupported("give input: texts or token ids"),
+    "embed_dtype": Unsupported("vectors are float32", _is("float32", "float")),
+    "endianness": Unsupported("base64 is little-endian", _is("little", "native")),
+    "add_special_tokens": Unsupported("texts get the frame that the model was trained with", _is(True)),
+    "softmax": Unsupported("use use_activation"),
+    "mm_processor_kwargs": Unsupported(_MEDIA, _is({})),
+    "max_tokens_per_doc": Unsupported("use truncate_prompt_tokens"),
+    "instruction": Unsupported("write it into the texts"),
+}
+"""Of the routes of a model that pools."""
 STREAM_OPTIONS: Mapping[str, Unsupported] = {
     "include_obfuscation": Unsupported("chunks are not padded", _is(False)),
 }
