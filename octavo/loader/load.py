@@ -12,6 +12,7 @@ from octavo.config.sections import LoadConfig
 from octavo.device.device import Device
 from octavo.layers.parameter import collect_slots
 from octavo.loader.mapping import Placement, fill
+from octavo.loader.mxfp4 import Mxfp4Source
 from octavo.loader.registry import open_source
 from octavo.loader.source import LoadRequest
 from octavo.loader.text_half import text_half
@@ -49,6 +50,8 @@ def load_weights(
     torch_device = torch.device("cpu") if device is None else device.torch_device
     request = LoadRequest(load_config, model_config, placement.expected(), torch_device)
     source = open_source(load_config.load_format, request)
+    if str((model_config.quantization or {}).get("quant_method")).lower() == "mxfp4":
+        source = Mxfp4Source(source, request)
     num_bytes = fill(placement, source, load_config.path or load_config.model, device)
     logger.info(
         "loaded weights of %s (%s): %.2f GB of values in %.1f s",

@@ -14,7 +14,8 @@ METHODS = Registry(
     "quantization",
     "octavo.quantization",
     {"none": "octavo.quantization.unquantized:Unquantized", "int8": "octavo.quantization.int8:Int8"},
-    aliases={"w8a8": "int8", "unquantized": "none"},
+    # MXFP4 is decoded while it is loaded (loader/mxfp4.py); what is multiplied has the dtype of the model.
+    aliases={"w8a8": "int8", "unquantized": "none", "mxfp4": "none"},
     absent=dict.fromkeys(("fp8", "awq", "gptq", "bitsandbytes", "compressed-tensors", "gguf", "int4"), _NOT_YET),
     normalise=str.lower,
 )
