@@ -324,6 +324,7 @@ class AsyncLLM:
             while not self._is_stopping:
                 received = self._frontend.client.recv(PUMP_SLICE_S)
                 if received is None:
+                    self._frontend.rest()
                     continue
                 with self._lock:
                     outputs, refusals = self._frontend.take(received)

@@ -169,9 +169,7 @@ class Frontend:
         """What one message of the engine means for the callers. Requests that a stop string ended are aborted."""
         if received.snapshot is not None:
             self._snapshot = received.snapshot
-            line = None if self._meter is None else self._meter.record(received.snapshot)
-            if line is not None:
-                logger.info("%s", line)
+            self._log(None if self._meter is None else self._meter.record(received.snapshot))
         refused = {output.request_id: output for output in received.outputs if output.error_code is not None}
         refusals = self._refusals(refused) if refused else []
         processed = self.outputs.process([each for each in received.outputs if each.error_code is None])
@@ -187,6 +185,14 @@ class Frontend:
                 refusals.append(Refusal(request_id, refusal_error(reasons[0].error_code or "", reasons[0].error or "")))
         self.abort([refusal.request_id for refusal in refusals])
         return refusals
+
+    def rest(self) -> None:
+        """Nothing has come for a while: what was done before may still want its line in the log."""
+        self._log(None if self._meter is None else self._meter.tick(time.monotonic()))
+
+    def _log(self, line: str | None) -> None:
+        if line is not None:
+            logger.info("%s", line)
 
     def get_metrics(self) -> list[Metric]:
         """All metrics of the engine, now; with those of requests where they are counted."""

@@ -54,6 +54,7 @@ HELP: Mapping[str, str] = {
     "request_prefill_kv_computed_tokens": "Prompt tokens per request that were not in the prefix cache.",
     "http_requests": "Answered HTTP requests by route, method and status.",
     "engine_restarts": "Times that the engine's process was started again after it had died.",
+    "requests_replayed": "Sequences that were open when an engine died, and went on with the next.",
 }
 """Every metric there is, and what it counts. A name that is not here cannot be shown."""
 
@@ -141,6 +142,15 @@ def metrics_of(snapshot: EngineSnapshot, cache: CacheConfig, model_name: str, en
         ),
         *(counter("tenant_tokens", count, tenant=tenant) for tenant, count in sorted(snapshot.tenant_tokens.items())),
         _histogram("iteration_tokens_total", labels, TOKENS_PER_STEP, steps, snapshot.scheduled_tokens),
+    ]
+
+
+def restart_metrics(num_restarts: int, num_replayed: int, model_name: str, engine_index: int = 0) -> list[Metric]:
+    """What the supervisor of the engine has counted."""
+    labels = _labels(model_name, engine_index)
+    return [
+        Counter(PREFIX + "engine_restarts", labels, num_restarts),
+        Counter(PREFIX + "requests_replayed", labels, num_replayed),
     ]
 
 

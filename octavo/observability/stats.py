@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from octavo.messages import EngineSnapshot
 
 LOG_INTERVAL_S = 10.0
@@ -56,6 +58,20 @@ def kv_cache_usage(snapshot: EngineSnapshot) -> float:
     return 1.0 - snapshot.num_free_blocks / usable if usable > 0 else 0.0
 
 
+@dataclass(slots=True)
+class _Rest:
+    """What happened from the last moment before a rest to the first snapshot after it: counted into no rate."""
+
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+
+    def add(self, before: EngineSnapshot, after: EngineSnapshot) -> None:
+        self.seconds += after.time_s - before.time_s
+        self.prompt_tokens += after.prompt_tokens - before.prompt_tokens
+        self.generation_tokens += after.generation_tokens - before.generation_tokens
+
+
 class ThroughputMeter:
     """Turns a stream of snapshots into one log line per interval in which something was done.
 
@@ -71,27 +87,44 @@ class ThroughputMeter:
         self._interval_s = interval_s
         self._start: EngineSnapshot | None = None
         self._last: EngineSnapshot | None = None
+        self._rest = _Rest()
+        self._due_s = 0.0
 
     def record(self, snapshot: EngineSnapshot) -> str | None:
         """Take note of a snapshot; the line to log when an interval has passed, None otherwise."""
-        start, last = self._start, self._last
-        self._last = snapshot
-        if start is None or last is None:
+        last, self._last = self._last, snapshot
+        if last is None:
             self._start = snapshot
+            self._due_s = snapshot.time_s + self._interval_s
             return None
         if _is_idle(last) and snapshot.time_s - last.time_s > REST_S:
-            # The first work after a rest: finish the old interval where the rest began and start a new one here.
-            self._start = snapshot
-            return self._line(start, last)
-        if snapshot.time_s - start.time_s < self._interval_s:
+            self._rest.add(last, snapshot)
+        return self.tick(snapshot.time_s)
+
+    def tick(self, now_s: float) -> str | None:
+        """The line to log when an interval has passed, also while no snapshot comes because nothing is done.
+
+        Args:
+            now_s: On the clock of the snapshots.
+        """
+        start, last = self._start, self._last
+        if start is None or last is None or now_s < self._due_s:
             return None
-        self._start = snapshot
-        return self._line(start, snapshot)
+        line = self._line(start, last)
+        self._start, self._rest, self._due_s = last, _Rest(), now_s + self._interval_s
+        return line
 
     def _line(self, before: EngineSnapshot, after: EngineSnapshot) -> str | None:
         if after.num_steps == before.num_steps:
             return None
-        now = throughput(before, after)
+        rest = self._rest
+        working = msgspec.structs.replace(
+            before,
+            time_s=before.time_s + rest.seconds,
+            prompt_tokens=before.prompt_tokens + rest.prompt_tokens,
+            generation_tokens=before.generation_tokens + rest.generation_tokens,
+        )
+        now = throughput(working, after)
         preemptions = f"Preemptions: {now.num_preemptions}, " if now.num_preemptions else ""
         return (
             f"{self._prefix}: Avg prompt throughput: {now.prompt_tokens_per_s:.1f} tokens/s, "

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from octavo.observability.metrics import Metric, request_metrics
+from octavo.observability.metrics import Metric, request_metrics, restart_metrics
 from octavo.observability.prometheus import CONTENT_TYPE, render
 from octavo.observability.request_stats import RequestStats, StatsRecord
 from octavo.observability.shared import StatsShare
@@ -52,7 +52,14 @@ class ServerMetrics:
             total = RequestStats()
             total.merge(self._record())
         engine = self._service.engine
-        return request_metrics(total, "") if engine is None else engine.latest_metrics(total)
+        if engine is None:
+            return request_metrics(total, "")
+        metrics = engine.latest_metrics(total)
+        events = getattr(engine, "events", None)
+        if events is not None:  # of a supervisor, that is: every server's engine but a test's
+            name = engine.ready.config.frontend.served_model_names[0]
+            metrics += restart_metrics(events.num_restarts, events.num_replayed, name)
+        return metrics
 
     def page(self) -> bytes:
         """The body for a scraper."""

@@ -74,7 +74,7 @@ def test_every_metric_has_a_help_text_and_every_text_a_use() -> None:
     snapshot = EngineSnapshot(0.0, finished={"stop": 1}, tenant_tokens={"a": 3})
     shown = {each.name.removeprefix("octavo:") for each in metrics_of(snapshot, CACHE, "tiny")} | set(BOUNDS)
     assert shown <= set(HELP)
-    counted_by_the_server = {"corrupted_requests", "http_requests", "engine_restarts"}
+    counted_by_the_server = {"corrupted_requests", "http_requests", "engine_restarts", "requests_replayed"}
     assert set(HELP) - shown == counted_by_the_server
 
 

@@ -54,6 +54,27 @@ def test_a_rest_is_not_counted_into_the_rate() -> None:
     assert line is not None and "Avg generation throughput: 20.0 tokens/s" in line
 
 
+def test_short_requests_now_and_then_give_a_line_per_interval_only() -> None:
+    """Red when each rest ends with a line: a request every two seconds would fill the log."""
+    meter, lines = ThroughputMeter(), list[str | None]()
+    for index in range(10):
+        lines.append(meter.record(working(3.0 * index, 5 * index)))
+        lines.append(meter.record(idle(3.0 * index + 0.5, 5 * index + 4)))
+    shown = [line for line in lines if line is not None]
+    assert len(shown) == 2
+    assert all("Avg generation throughput: 80.0 tokens/s" in line for line in shown)  # 40 tokens in each half second
+
+
+def test_the_last_work_before_a_long_rest_gets_its_line() -> None:
+    meter = ThroughputMeter()
+    meter.record(working(0.0, 0))
+    meter.record(idle(4.0, 8))
+    assert meter.tick(9.9) is None
+    line = meter.tick(10.0)
+    assert line is not None and "Avg generation throughput: 20.0 tokens/s, Running: 0" in line
+    assert meter.tick(20.0) is None and meter.tick(31.0) is None
+
+
 def test_hit_rate_falls_back_to_the_whole_life() -> None:
     before, after = working(0.0, 10), working(1.0, 10)
     assert throughput(before, after).prefix_cache_hit_rate == 0.25
