@@ -186,13 +186,12 @@ def _make_prompts(service: Service, fields: CompletionRequest) -> list[Prompt]:
     made: list[Prompt] = []
     for each in fields.prompt:
         if isinstance(each, str):
-            prompt: dict[str, Any] = dict(engine.tokenize_prompt(each, add_special_tokens=special, keep=keep))
+            prompt: Any = dict(engine.tokenize_prompt(each, add_special_tokens=special, keep=keep))
         else:
-            prompt = {
-                "prompt_token_ids": each if keep is None else each[-min(keep if keep > 0 else limit, limit - 1) :]
-            }
+            prompt = each if keep is None else each[-min(keep if keep > 0 else limit, limit - 1) :]
         if fields.cache_salt is not None:
-            prompt["cache_salt"] = fields.cache_salt
+            ids = {"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt
+            prompt = {**ids, "cache_salt": fields.cache_salt}
         made.append(prompt)
     return made
 

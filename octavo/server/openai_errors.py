@@ -116,6 +116,7 @@ _CODES = {
     "string_too_short": "empty_string",
     "finite_number": "invalid_type",
     "bad_id": "invalid_value",
+    "empty_array": "empty_array",
 }
 
 

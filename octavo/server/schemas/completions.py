@@ -45,7 +45,7 @@ def _ids(value: object) -> list[int]:
     if not isinstance(value, list):
         raise PydanticCustomError("prompt_type", "all strings or all lists of token ids")
     if not value:
-        raise PydanticCustomError("too_short", "made of lists that are not empty")
+        raise PydanticCustomError("empty_array", "made of lists that are not empty")
     ids: list[Any] = [
         int(each) if type(each) is float and each.is_integer() else each for each in cast("list[Any]", value)
     ]
