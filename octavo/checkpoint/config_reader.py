@@ -1,13 +1,14 @@
 """From what a model folder or a GGUF file says to a checked ``ModelConfig``.
 
 A GGUF header is first put into the words of ``config.json`` (``gguf_config.py``), so that one piece of code checks both
-and ``hf_overrides`` mean the same for both. Knows no torch and no model class; runs no code of the model, and does not
-look at ``auto_map``. Every complaint names the file and the field.
+and ``hf_overrides`` mean the same for both. Knows no torch and no model class; runs no code of the model, and notes
+of ``auto_map`` only that there is one. Every complaint names the file and the field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,12 +58,13 @@ def read_model_config(located: LocatedModel, hf_overrides: Mapping[str, Any] | N
         file = generation_file = path
         with GGUFFile(path) as gguf:
             config, generation = gguf_to_hf_config(gguf)
-    config.pop("auto_map", None)
+    brings_code = config.pop("auto_map", None) is not None
     for name, value in (hf_overrides or {}).items():
         old = config.get(name)
         both = isinstance(old, dict) and isinstance(value, dict)
         config[name] = {**cast("dict[str, Any]", old), **cast("dict[str, Any]", value)} if both else value
-    return _model_config(config, generation, str(file), str(generation_file))
+    made = _model_config(config, generation, str(file), str(generation_file))
+    return replace(made, brings_code=True) if brings_code else made
 
 
 def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str, generation_file: str) -> ModelConfig:

@@ -102,7 +102,11 @@ class EngineArgs:
         "files say.",
     )  # fmt: skip
     trust_remote_code: bool = setting(
-        False, "switch", MODEL, "Refused: Octavo never runs code from a model's folder, and never needs to."
+        False,
+        "switch",
+        MODEL,
+        "Refused: Octavo never runs code from a model's folder. Models run with its own code or with that of the "
+        "installed transformers.",
     )
 
     gpu_memory_utilization: float = setting(
@@ -234,8 +238,9 @@ class EngineArgs:
             object.__setattr__(self, name, each.check(name, getattr(self, name)))
         if self.trust_remote_code:
             raise ConfigError(
-                "trust_remote_code is refused: Octavo reads only data from a model's folder and has its own "
-                "implementation of every model that it supports. Leave it out.",
+                "trust_remote_code is refused: Octavo reads only data from a model's folder. Models run with Octavo's "
+                "own code or, where it has none, with that of the installed transformers; neither needs this. Leave it "
+                "out.",
                 param="trust_remote_code",
             )
         if self.chat_template is not None:

@@ -65,6 +65,8 @@ class ModelConfig:
     """Multiplies the output, before its soft-cap."""
     text_half_of: str | None = None
     """Architecture of the multimodal checkpoint whose language model this is; its weights lie under other names."""
+    brings_code: bool = False
+    """The checkpoint comes with Python code of its own (``auto_map``). It is never run."""
     moe: MoeConfig | None = None
     """Mixtures of experts; None = every layer has one feed-forward."""
     mla: MlaConfig | None = None

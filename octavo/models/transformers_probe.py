@@ -150,7 +150,13 @@ def read_config(config: ModelConfig) -> PretrainedConfig:
     model_type = fields.pop("model_type", None)
     causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
     if causal_lm is None:
-        raise _refusal(config.architecture, [f"transformers has no causal LM for model_type {model_type!r}"])
+        reasons = [f"transformers has no causal LM for model_type {model_type!r}"]
+        if config.brings_code:
+            reasons.append(
+                "the checkpoint brings Python code of its own (auto_map in config.json), which Octavo never runs: it "
+                "could do anything on this machine"
+            )
+        raise _refusal(config.architecture, reasons)
     if causal_lm != config.architecture:
         raise _refusal(
             config.architecture, [f"transformers' causal LM for model_type {model_type!r} is {causal_lm}, not this"]
