@@ -139,7 +139,8 @@ class Scheduler:
             self._check_queue(num_prompt_tokens)
         else:
             token_ids += resumption.output_token_ids
-            assert len(token_ids) < max_total_tokens, f"{request.request_id} has ended, nothing is left to resume"
+            has_ended = request.pooling is None and len(token_ids) >= max_total_tokens
+            assert not has_ended, f"{request.request_id} has ended, nothing is left to resume"
         self._books.enqueue(
             Request(
                 request_id=request.request_id,

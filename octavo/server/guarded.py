@@ -16,8 +16,8 @@ from octavo.engine.watchdog import WatchSettings
 from octavo.server.admission import Admission, limits_for
 from octavo.server.auth import KeyCheck
 from octavo.server.lifecycle import Lifecycle
-from octavo.server.limits import RequestLimits
-from octavo.server.service import Service
+from octavo.server.limits import AdmissionLayer, BodyLimits
+from octavo.server.service import Layer, Service
 
 logger = logging.getLogger(__name__)
 
@@ -60,20 +60,24 @@ def supervise(
     lifecycle = Lifecycle(supervisor, admission, config.shutdown_timeout)
     admission.refuse = lifecycle.refusal
     service.admission, service.lifecycle = admission, lifecycle
-    root_path = config.root_path or ""
-    service.layers += [
+    service.layers += layers(config, admission)
+    return supervisor, lifecycle
+
+
+def layers(config: ServerConfig, admission: Admission) -> list[Layer]:
+    """What stands in front of the routes, outermost first: a stranger's body is bounded, but it takes no room."""
+    root_path, error_format = config.root_path or "", config.error_format
+    return [
+        functools.partial(BodyLimits, config=config, error_format=error_format),
         functools.partial(
             KeyCheck,
             keys=config.api_key,
             admin_keys=config.admin_api_key,
             root_path=root_path,
-            error_format=config.error_format,
+            error_format=error_format,
         ),
-        functools.partial(
-            RequestLimits, config=config, admission=admission, root_path=root_path, error_format=config.error_format
-        ),
+        functools.partial(AdmissionLayer, admission=admission, root_path=root_path, error_format=error_format),
     ]
-    return supervisor, lifecycle
 
 
 def watch_settings(config: ServerConfig) -> WatchSettings:

@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 from octavo.config.guard import GuardConfig
-from octavo.server.limits import RequestLimits
+from octavo.server.limits import BodyLimits
 from octavo.server.protocol import ConnectionLimits, make_protocol
 
 MAX_BODY = 1000
@@ -38,11 +38,11 @@ async def echo(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def serving(**changes: Any) -> Iterator[int]:
+def serving(max_body: int = MAX_BODY, **changes: Any) -> Iterator[int]:
     values: dict[str, Any] = {
         "max_connections": 50, "max_header_bytes": 4096, "max_header_count": 20, "header_timeout_s": 0.6,
     }  # fmt: skip
-    app = RequestLimits(echo, GuardConfig(max_request_bytes=MAX_BODY, body_timeout=0.6))
+    app = BodyLimits(echo, GuardConfig(max_request_bytes=max_body, body_timeout=0.6))
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app,
@@ -158,8 +158,21 @@ def test_a_body_that_is_too_long_is_refused_before_and_while_reading(port: int) 
     chunks = b"".join(b"64\r\n" + b"a" * 100 + b"\r\n" for _ in range(11)) + b"0\r\n\r\n"
     answer = exchange(port, get("/", "Transfer-Encoding: chunked", method="POST") + chunks)
     assert refusal(answer) == (413, "request_too_large")
+    for path in ("/deaf", "/x"):
+        big = get(path, "Content-Length: 3000000", method="POST") + b"a" * 3_000_000
+        assert refusal(exchange(port, big))[0] == 413
     fits = get("/x", f"Content-Length: {MAX_BODY}", method="POST") + b"a" * MAX_BODY
     assert exchange(port, fits).endswith(b"/x 1000")
+
+
+def test_who_is_answered_before_the_body_was_read_still_gets_the_answer() -> None:
+    with serving(max_body=50_000_000) as port:
+        answer = exchange(port, get("/deaf", "Content-Length: 40000000", method="POST") + b"a" * 40_000_000)
+        assert answer.endswith(b"/deaf 0")
+        # Who waits for a word before sending gets the answer instead of the word.
+        with connect(port) as connection:
+            connection.sendall(get("/deaf", "Content-Length: 40000", "Expect: 100-continue", method="POST"))
+            assert read_all(connection).startswith(b"HTTP/1.1 200")
 
 
 def test_a_body_that_stalls_is_cut_off(port: int) -> None:
