@@ -38,6 +38,8 @@ def foreign_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     hidden = config.get("hidden_size", found.get("hidden_size"))
     if config.get("intermediate_size") is None and isinstance(hidden, int):
         found.setdefault("intermediate_size", 4 * hidden)
+    if isinstance(config.get("local_attention"), int):  # ModernBERT's, to both sides together
+        found.setdefault("sliding_window", max(1, config["local_attention"] // 2))
     if config.get("max_position_embeddings") is None:
         found.setdefault("max_position_embeddings", _FALLBACK_POSITIONS)
     return found

@@ -20,7 +20,7 @@ from octavo.errors import CheckpointError
 
 ENCODERS = frozenset(
     f"{family}{kind}"
-    for family in ("Bert", "Roberta", "XLMRoberta", "Camembert", "ModernBert", "DistilBert")
+    for family in ("Bert", "Roberta", "XLMRoberta", "Camembert", "ModernBert")
     for kind in ("Model", "ForMaskedLM", "ForSequenceClassification")
 )
 """Architectures whose attention looks both ways."""
@@ -31,6 +31,7 @@ _POOLING_MODES = {
     "pooling_mode_lasttoken": "LAST",
     "pooling_mode_mean_tokens": "MEAN",
 }
+_GGUF_POOLING = {1: "MEAN", 2: "CLS", 3: "LAST"}
 _MODULE = re.compile(r"^sentence_transformers\.(?:[a-z_]+\.)*(Transformer|Pooling|Normalize|Dense|\w+)$")
 _FOLDER = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,100}$")
 _MAX_LABELS = 1 << 20
@@ -60,7 +61,7 @@ def read_pooling(located: LocatedModel, model: ModelConfig) -> StoredPooling:
         num_labels=len(labels) or f.optional_integer("num_labels", 1, _MAX_LABELS) or (2 if is_classifier else 0),
         labels=labels,
         num_positions=_num_positions(f, model),
-        pooling_type=_classifier_pooling(f, model) if is_classifier and is_encoder else None,
+        pooling_type=_classifier_pooling(f, model) if is_classifier and is_encoder else _gguf_pooling(f),
     )
     if not is_classifier and folder.is_dir() and (folder / "modules.json").exists():
         return _with_modules(stored, folder)
@@ -96,6 +97,14 @@ def _classifier_pooling(f: Fields, model: ModelConfig) -> str | None:
     if not model.architecture.startswith("ModernBert"):
         return "CLS"
     return _one_of(f, "classifier_pooling", f.string("classifier_pooling", "cls"), {"cls": "CLS", "mean": "MEAN"})
+
+
+def _gguf_pooling(f: Fields) -> str | None:
+    """What a GGUF header says; its number stands in the config that was made of it."""
+    kind = f.optional_integer("gguf_pooling_type", 0, 255) or 0
+    if kind and kind not in _GGUF_POOLING:
+        raise f.error("pooling_type", f"is {kind}; supported are 0 (none), 1 (mean), 2 (first token), 3 (last token)")
+    return _GGUF_POOLING.get(kind)
 
 
 def _num_positions(f: Fields, model: ModelConfig) -> int | None:
