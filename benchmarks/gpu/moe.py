@@ -35,6 +35,7 @@ from octavo.cli.bench_limits import Ceilings
 from octavo.kernels.gpu import moe
 from octavo.kernels.moe.experts import Activation, ExpertTensors, experts_by_plan, experts_ref
 from octavo.kernels.moe.plans import (
+    GROUPED_MM,
     MoePlan,
     MoeShape,
     PairSizes,
@@ -53,7 +54,6 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _CACHE_BYTES = 128 << 20
 """More than the last cache of any GPU that this is for."""
 _REPEATS = 20
-GROUPED_MM = MoePlan()
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ class TorchSdpaBackend:
         positions = torch.arange(key_start, key_end)
         return -1, blocks[positions // size].long() * size + positions % size
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span, sinks: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span, sinks: Tensor | None = None) -> Tensor:
         """``q [Q, H, D]`` over ``k``, ``v`` ``[K, G, D]`` to ``[Q, H, D]``."""
         spec = self._spec
         if spec.logit_softcap is not None:

@@ -80,8 +80,9 @@ def _qwen(f: Fields, num_layers: int) -> MoeConfig:
 
 def _sparse_layers(f: Fields, num_layers: int) -> tuple[bool, ...]:
     step = f.optional_integer("decoder_sparse_step", 1, _MAX) or 1
-    dense = f.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(type(each) is int for each in cast("list[Any]", dense)):
+    value: Any = f.get("mlp_only_layers")
+    dense = [] if value is None else cast("list[Any]", value)
+    if not isinstance(value, list | None) or not all(type(each) is int for each in dense):
         raise f.error("mlp_only_layers", "must be a list of layer numbers")
     return tuple((index + 1) % step == 0 and index not in dense for index in range(num_layers))
 

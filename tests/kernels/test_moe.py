@@ -26,7 +26,15 @@ from octavo.kernels.moe.experts import (  # noqa: E402
     experts_by_plan,
     experts_ref,
 )
-from octavo.kernels.moe.plans import MoePlan, MoeShape, PairSizes, TileSizes, choose_plan, default_plan  # noqa: E402
+from octavo.kernels.moe.plans import (  # noqa: E402
+    GROUPED_MM,
+    MoePlan,
+    MoeShape,
+    PairSizes,
+    TileSizes,
+    choose_plan,
+    default_plan,
+)
 from octavo.kernels.moe.routing import Routing, Scoring, route_ref  # noqa: E402
 
 # Triton 3.6's interpreter on NumPy 2; a sigmoid whose exponential overflows is 0, as it should be.
@@ -128,7 +136,7 @@ PLANS = {
     "pairs": MoePlan(pairs=PairSizes(8, 64, 16, 64, 4)),
     "swapped": tiles(16, 32, 64, 1, True),
     "plain": tiles(32, 32, 32, 3, False),
-    "grouped_mm": MoePlan(),
+    "grouped_mm": GROUPED_MM,
 }
 ACTIVATIONS = {
     "silu": Activation(),
@@ -140,6 +148,8 @@ ACTIVATIONS = {
 def check(
     plan: MoePlan, shape: MoeShape, tokens: int, dtype: torch.dtype, activation: Activation, has_bias: bool
 ) -> None:
+    if plan == GROUPED_MM and not IS_INTERPRETED:
+        dtype = torch.bfloat16  # all that torch's product takes on a GPU
     torch.manual_seed(2)
     count, top_k, size, inner = shape
 
@@ -158,8 +168,6 @@ def check(
     result = experts_by_plan(x, tensors, weights, experts, activation, plan)
     expected = experts_ref(x, tensors, weights, experts, activation)
     tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}[dtype]
-    if dtype is torch.float32 and not IS_INTERPRETED and plan.pairs is None and plan.gate_up is None:
-        pytest.skip("torch._grouped_mm multiplies 16-bit types only")
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -215,10 +223,9 @@ def test_the_chosen_plans_at_full_size(tokens: int, dtype: torch.dtype) -> None:
 def test_a_captured_step_serves_other_choices(plan: str) -> None:
     shape = MoeShape(8, 2, 128, 64)
     torch.manual_seed(3)
-    tensors = ExpertTensors(
-        torch.randn(8, 128, 128, device=DEVICE).half() * 0.1, torch.randn(8, 128, 64, device=DEVICE).half() * 0.1
-    )
-    x, logits = torch.randn(6, 128, device=DEVICE).half(), torch.randn(6, 8, device=DEVICE)
+    gate_up, down = torch.randn(8, 128, 128) * 0.1, torch.randn(8, 128, 64) * 0.1
+    tensors = ExpertTensors(gate_up.to(DEVICE, torch.bfloat16), down.to(DEVICE, torch.bfloat16))
+    x, logits = torch.randn(6, 128).to(DEVICE, torch.bfloat16), torch.randn(6, 8, device=DEVICE)
 
     def step() -> torch.Tensor:
         weights, experts = moe.route(logits, Routing(shape.top_k), None)
@@ -233,4 +240,4 @@ def test_a_captured_step_serves_other_choices(plan: str) -> None:
         logits.copy_(torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         expected = experts_ref(x, tensors, *route_ref(logits, Routing(2)), Activation())
-        torch.testing.assert_close(out, expected, rtol=4e-3, atol=4e-3)
+        torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2)

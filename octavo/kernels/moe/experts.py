@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.gpu import gpu_kernels
-from octavo.kernels.moe.plans import MoePlan, MoeShape, choose_plan
+from octavo.kernels.moe.plans import GROUPED_MM, MoePlan, MoeShape, choose_plan, default_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +125,11 @@ def experts_on_host(
 def experts_on_gpu(
     x: Tensor, tensors: ExpertTensors, weights: Tensor, experts: Tensor, activation: Activation
 ) -> Tensor:
-    """As ``experts_ref``, by the Triton kernels or ``torch._grouped_mm``, whichever the plan names."""
+    """As ``experts_ref``, by the Triton kernels or torch's grouped product, whichever the plan names."""
     shape = MoeShape(len(tensors.gate_up), experts.shape[1], x.shape[1], tensors.down.shape[2])
     plan = choose_plan(_device_name(x.device), shape, len(x), x.element_size())
+    if plan == GROUPED_MM and x.dtype is not torch.bfloat16:  # all that torch's product takes on a GPU
+        plan = default_plan(shape, len(x))
     return experts_by_plan(x, tensors, weights, experts, activation, plan)
 
 
@@ -161,10 +164,10 @@ def _grouped_mm(x: Tensor, tensors: ExpertTensors, experts: Tensor, activation: 
     chosen, order = experts.flatten().sort(stable=True)
     ends = torch.searchsorted(chosen, torch.arange(num_experts, dtype=torch.int32, device=x.device), right=True)
     ends = ends.to(torch.int32)
-    inner = torch._grouped_mm(x[order // top_k], tensors.gate_up.transpose(1, 2), offs=ends)
+    inner = F.grouped_mm(x[order // top_k], tensors.gate_up.transpose(1, 2), offs=ends)
     if tensors.gate_up_bias is not None:
         inner += tensors.gate_up_bias[chosen]
-    parts = torch._grouped_mm(activation(inner), tensors.down.transpose(1, 2), offs=ends)
+    parts = F.grouped_mm(activation(inner), tensors.down.transpose(1, 2), offs=ends)
     if tensors.down_bias is not None:
         parts += tensors.down_bias[chosen]
     return torch.empty_like(parts).index_copy_(0, order, parts), top_k

@@ -46,7 +46,11 @@ class MoePlan(NamedTuple):
     pairs: PairSizes | None = None
     gate_up: TileSizes | None = None
     down: TileSizes | None = None
-    """Neither pairs nor tiles: ``torch._grouped_mm`` over sorted rows."""
+    """Neither pairs nor tiles: torch's grouped product over sorted rows, bfloat16 only."""
+
+
+GROUPED_MM = MoePlan()
+"""torch's own grouped product."""
 
 
 class MoeShape(NamedTuple):
@@ -101,7 +105,7 @@ def choose_plan(device_name: str, shape: MoeShape, num_tokens: int, element_size
 @functools.cache
 def measured(device_name: str) -> Mapping[MoeShape, tuple[tuple[int, MoePlan], ...]]:
     """Plans of a device's table: shape to (largest number of tokens, plan), smallest first."""
-    file = files(__package__).joinpath("tables", table_name(device_name))
+    file = files("octavo.kernels.moe").joinpath("tables", table_name(device_name))
     return parse_table(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
