@@ -99,6 +99,8 @@ def _common(header: _Reader, family: _Family) -> dict[str, Any]:
     window = header.get("attention.sliding_window")
     if window:
         config["sliding_window"] = window
+    if header.get("pooling_type") is not None:
+        config["gguf_pooling_type"] = header.get("pooling_type")
     return config
 
 
@@ -354,6 +356,14 @@ def _gemma_scale(config: dict[str, Any], layers_of_largest: int) -> None:
     config["query_pre_attn_scalar"] = width
 
 
+def _bert(header: _Reader, config: dict[str, Any]) -> None:
+    types = header.gguf.tensors.get("token_types.weight")
+    # Written as a vector where there is only one.
+    config["type_vocab_size"] = types.shape[0] if types is not None and len(types.shape) == 2 else 1
+    if header.get("attention.causal"):
+        raise header.error(f"{header.prefix}.attention.causal is set, which is not supported")
+
+
 _GELU = "gelu_pytorch_tanh"
 _FAMILIES: Mapping[str, _Family] = {
     "llama": _Family("LlamaForCausalLM", "llama", add=_llama, has_experts=True),
@@ -371,6 +381,7 @@ _FAMILIES: Mapping[str, _Family] = {
     "gemma": _Family("GemmaForCausalLM", "gemma", _GELU),
     "gemma2": _Family("Gemma2ForCausalLM", "gemma2", _GELU, add=_gemma2),
     "gemma3": _Family("Gemma3ForCausalLM", "gemma3_text", _GELU, add=_gemma3),
+    "bert": _Family("BertModel", "bert", "gelu", add=_bert),
 }
 """By ``general.architecture``."""
 ARCHITECTURES: Mapping[str, str] = {name: family.architecture for name, family in _FAMILIES.items()}

@@ -100,9 +100,8 @@ _BERT = Layout(
     {
         "token_embd": "embeddings.word_embeddings", "position_embd": "embeddings.position_embeddings",
         "token_types": "embeddings.token_type_embeddings", "token_embd_norm": "embeddings.LayerNorm",
-        "cls": "pooler.dense", "cls.output": "classifier",
     },
-    prefix="encoder.layer.",
+    prefix="encoder.layer.", one_row=frozenset({"token_types"}),
 )  # fmt: skip
 LAYOUTS: Mapping[str, Layout] = {
     "llama": _LLAMA,
@@ -160,7 +159,7 @@ def parts(tensor: GGUFTensor, layout: Layout, config: ModelConfig, file: str) ->
         CheckpointError: The tensor's shape does not fit what it should hold.
     """
     match = _BLOCK_NAME.fullmatch(tensor.name)
-    layer, word, kind = match.groups() if match else ("", "", "")
+    layer, word, kind = match.groups() if match else ("", *tensor.name.rpartition(".")[::2])
     if word in layout.experts:
         return _experts(tensor, f"{layout.prefix}{layer}.{layout.experts[word]}.{kind}", file)
     if word in layout.splits:

