@@ -293,7 +293,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "deepseek-v3": Variant(
         "DeepSeek", "DeepseekV3ForCausalLM", "DeepseekV3Config", "sigmoid router with a correction, YaRN",
-        "DeepSeek-V3, V3.1 and R1, Moonlight, Kimi K2",
+        "Moonlight; DeepSeek-V3 and R1 in bfloat16",
         {**_LATENT, "n_shared_experts": 1, "q_lora_rank": 24,
          "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
         is_on_gpu=True,
