@@ -35,7 +35,7 @@ VARIABLES: Mapping[str, Setting] = {
 }
 """Each is read as ``OCTAVO_<name>``, else as ``VLLM_<name>``."""
 SECRET = ("API_KEY", "ADMIN_API_KEY")
-"""Their values are never shown."""
+"""Their values are never shown, and processes that need none do not get them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,3 +110,8 @@ def _unknown(environ: Mapping[str, str]) -> list[str]:
     for name in sorted(name for name in environ if name.startswith("OCTAVO_") and name[7:] not in VARIABLES):
         lines.append(f"Unknown environment variable {name}.{did_you_mean(name[7:], VARIABLES, 'OCTAVO_')}")
     return lines
+
+
+def is_secret(variable: str) -> bool:
+    """Whether a variable of the environment holds a key of the server."""
+    return any(variable == prefix + name for prefix in ("OCTAVO_", "VLLM_") for name in SECRET)

@@ -23,6 +23,7 @@ import msgspec
 import zmq
 
 from octavo.config.args import EngineArgs
+from octavo.config.env import is_secret
 from octavo.engine.client import (
     LAST_WORDS_MS,
     EngineClient,
@@ -108,6 +109,7 @@ def spawn_engine(addresses: EngineAddresses, args: Any, build: str = BUILD) -> t
         stdin=subprocess.PIPE,
         pass_fds=(held_fd,),
         start_new_session=True,  # Ctrl-C in the terminal is the parent's to handle
+        env={name: value for name, value in os.environ.items() if not is_secret(name)},
     )
     os.close(held_fd)
     order = {
