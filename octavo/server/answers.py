@@ -1,7 +1,8 @@
-"""What answers of chat and text completions share: heads, finish fields, failures, headers."""
+"""What answers of chat and text completions share: heads, failures, and their lines in the log."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -11,8 +12,9 @@ from starlette.responses import Response
 from octavo.errors import OctavoError
 from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.server.generation import Generation
-from octavo.server.service import Service
 from octavo.server.sse import encode
+
+logger = logging.getLogger(__name__)
 
 
 class AnswerFailedError(OctavoError):
@@ -43,14 +45,9 @@ def head(generation: Generation, kind: str) -> dict[str, Any]:
     }
 
 
-def answer_headers(service: Service, request_id: str) -> dict[str, str]:
-    """Headers of every generation's answer."""
-    return {"x-request-id": request_id} if service.config.enable_request_id_headers else {}
-
-
-def json_answer(content: dict[str, Any], headers: dict[str, str]) -> Response:
+def json_answer(content: dict[str, Any]) -> Response:
     """A whole answer."""
-    return Response(encode(content), headers=headers, media_type="application/json")
+    return Response(encode(content), media_type="application/json")
 
 
 def check_outputs(outputs: Sequence[RequestOutput]) -> None:
@@ -72,3 +69,11 @@ def check_answer(answer: CompletionOutput) -> None:
     """
     if answer.finish_reason == "error":
         raise AnswerFailedError(answer.error or "the engine could not finish the answer")
+
+
+def log_answer(generation: Generation, texts: Sequence[str]) -> None:
+    """A line about an answer, where the user wants them. Control characters are escaped by repr."""
+    config = generation.service.config
+    if config.enable_log_requests and config.enable_log_outputs:
+        shown = "; ".join(repr(text[: config.max_log_len]) for text in texts)
+        logger.info("Generated response %s: %s", generation.request_id, shown)

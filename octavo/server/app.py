@@ -6,7 +6,7 @@ ASGI server can run what ``build_app`` returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -18,6 +18,7 @@ from starlette.responses import Response
 from octavo.errors import OctavoError
 from octavo.server import chat, completions, embeddings, health, metrics, models, requests, timeline, tokenize
 from octavo.server.openai_errors import HTTPRefusal, error_response, log_internal
+from octavo.server.request_ids import request_ids
 from octavo.server.service import ASGIApp, Service
 
 ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
@@ -49,7 +50,6 @@ def make_routes(service: Service) -> FastAPI:
     docs = None if config.disable_fastapi_docs else "/docs"
     app = FastAPI(
         title="Octavo",
-        root_path=config.root_path or "",
         docs_url=docs,
         redoc_url=docs and "/redoc",
         openapi_url=docs and "/openapi.json",
@@ -64,16 +64,26 @@ def make_routes(service: Service) -> FastAPI:
 def with_layers(service: Service, app: ASGIApp) -> ASGIApp:
     """``app`` behind the service's layers."""
     config = service.config
-    stack: ASGIApp = app
+    stack: ASGIApp = app if config.root_path is None else _rooted(app, config.root_path)
     for layer in reversed(service.layers):
         stack = layer(stack)
     return CORSMiddleware(
-        stack,
+        request_ids(stack) if config.enable_request_id_headers else stack,
         allow_origins=config.allowed_origins,
         allow_methods=config.allowed_methods,
         allow_headers=config.allowed_headers,
         allow_credentials=config.allow_credentials,
+        expose_headers=["X-Request-Id"],
     )
+
+
+def _rooted(app: ASGIApp, root_path: str) -> ASGIApp:
+    """``app`` told that all its paths begin with ``root_path``, whether the proxy in front strips that or not."""
+
+    async def rooted(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        await app({**scope, "root_path": root_path}, receive, send)
+
+    return rooted
 
 
 def describe_routes(app: FastAPI) -> list[str]:

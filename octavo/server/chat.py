@@ -15,7 +15,7 @@ from octavo.errors import InvalidRequestError
 from octavo.frontend.reasoning import ReasoningFormat, ReasoningParser, SplitText, find_format
 from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
-from octavo.server.answers import answer_headers, check_answer, check_outputs, head, json_answer
+from octavo.server.answers import check_answer, check_outputs, head, json_answer, log_answer
 from octavo.server.body import check_body, read_json
 from octavo.server.chat_prompt import chat_options, last_text, render
 from octavo.server.generation import (
@@ -87,17 +87,15 @@ def make_router(service: Service) -> APIRouter:
         """Answer a conversation, at once or as a stream."""
         body = await read_json(request)
         chat = await _prepare(service, request, body)
-        headers = answer_headers(service, chat.generation.request_id)
         if not chat.request.stream:
             outputs: list[RequestOutput] = await unless_gone(request.receive, chat.generation.collect())
             check_outputs(outputs)
-            return json_answer(_answer(chat, outputs[0]), headers)
+            return json_answer(_answer(chat, outputs[0]))
         return EventStream(
             _chunks(chat),
             chat.generation,
             service.stall_guard,
             error_format=service.config.error_format,
-            headers=headers,
         )
 
     return router
@@ -179,6 +177,7 @@ def _answer(chat: _Chat, output: RequestOutput) -> dict[str, Any]:
     chat.counter.add(0, output)
     body = head(chat.generation, "chat.completion")
     body["choices"] = [_choice(chat, answer) for answer in output.outputs]
+    log_answer(chat.generation, [answer.text for answer in output.outputs])
     body["usage"] = chat.counter.usage()
     if request.prompt_logprobs is not None and output.prompt_logprobs is not None:
         body["prompt_logprobs"] = prompt_logprobs_json(output.prompt_logprobs)
@@ -245,7 +244,13 @@ class _ChoiceStream:
         self._parser = chat.parser()
         self._opening = b'{"index":%d,"delta":' % index
         self._num_thought_tokens = 0
+        self._logged: list[str] | None = [] if chat.service.config.enable_log_outputs else None
         self._is_plain = not chat.request.logprobs and not chat.request.return_token_ids
+
+    @property
+    def logged(self) -> str:
+        """The answer so far, where answers are logged."""
+        return "".join(self._logged or ())
 
     def first(self) -> bytes:
         """The choice that tells the role, and what is echoed."""
@@ -255,6 +260,8 @@ class _ChoiceStream:
     def choice(self, answer: CompletionOutput) -> bytes:
         """JSON of the choice with what is new; empty when there is nothing to show yet."""
         check_answer(answer)
+        if self._logged is not None:
+            self._logged.append(answer.text)
         parser, reason = self._parser, answer.finish_reason
         if parser is None:
             delta = b'{"content":%b}' % encode(answer.text) if answer.text or reason is None else b"{}"
@@ -314,6 +321,7 @@ async def _chunks(chat: _Chat) -> AsyncGenerator[bytes, None]:
                 yield template.chunk(event, tail)
     if last is None:
         return
+    log_answer(chat.generation, [each.logged for each in choices])
     ending = b""
     if chat.request.include_metrics or (wants_usage and chat.request.include_metrics is not False):
         ending = b',"metrics":' + encode(metrics_of([last]))

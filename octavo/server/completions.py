@@ -15,7 +15,7 @@ from octavo.errors import InvalidRequestError
 from octavo.frontend.input_processor import Prompt
 from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
-from octavo.server.answers import answer_headers, check_answer, check_outputs, head, json_answer
+from octavo.server.answers import check_answer, check_outputs, head, json_answer, log_answer
 from octavo.server.body import check_body, read_json
 from octavo.server.generation import (
     Generation,
@@ -75,17 +75,15 @@ def make_router(service: Service) -> APIRouter:
         """Go on with one or many prompts, at once or as a stream."""
         body = await read_json(request)
         completion = await _prepare(service, request, body)
-        headers = answer_headers(service, completion.generation.request_id)
         if not completion.request.stream:
             outputs: list[RequestOutput] = await unless_gone(request.receive, completion.generation.collect())
             check_outputs(outputs)
-            return json_answer(_answer(completion, outputs), headers)
+            return json_answer(_answer(completion, outputs))
         return EventStream(
             _chunks(completion),
             completion.generation,
             service.stall_guard,
             error_format=service.config.error_format,
-            headers=headers,
         )
 
     return router
@@ -190,8 +188,8 @@ def _make_prompts(service: Service, fields: CompletionRequest) -> list[Prompt]:
         else:
             prompt = each if keep is None else each[-min(keep if keep > 0 else limit, limit - 1) :]
         if fields.cache_salt is not None:
-            ids = {"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt
-            prompt = {**ids, "cache_salt": fields.cache_salt}
+            prompt = {"prompt_token_ids": prompt} if isinstance(each, list) else prompt
+            prompt["cache_salt"] = fields.cache_salt
         made.append(prompt)
     return made
 
@@ -212,6 +210,7 @@ def _answer(completion: _Completion, outputs: Sequence[RequestOutput]) -> dict[s
         counter.completion_tokens = 0
     body = head(completion.generation, "text_completion")
     body["choices"] = choices
+    log_answer(completion.generation, [choice["text"] for choice in choices])
     body["usage"] = counter.usage()
     if request.include_metrics is not False:
         body["metrics"] = metrics_of(outputs)
@@ -282,11 +281,19 @@ class _ChoiceStream:
         self._is_plain = request.logprobs is None and not request.return_token_ids
         self._columns: CompletionLogprobs | None = None
         self._is_first = True
+        self._logged: list[str] | None = [] if completion.service.config.enable_log_outputs else None
+
+    @property
+    def logged(self) -> str:
+        """The answer so far, where answers are logged."""
+        return "".join(self._logged or ())
 
     def choice(self, output: RequestOutput, answer: CompletionOutput) -> bytes:
         """JSON of the choice with what is new; empty when there is nothing to show yet."""
         check_answer(answer)
         text, reason = answer.text, answer.finish_reason
+        if self._logged is not None:
+            self._logged.append(text)
         if self._is_plain and reason is None and not self._is_first:
             # The path of nearly every chunk.
             return b'%b%b,"logprobs":null,"finish_reason":null}' % (self._opening, encode(text)) if text else b""
@@ -303,13 +310,18 @@ class _ChoiceStream:
             rest["token_ids"] = [] if completion.only_echo else answer.token_ids
         if self._is_first:
             self._is_first = False
-            if request.echo:
-                text = completion.prompt_text(output) + text
-            if request.return_token_ids:
-                rest["prompt_token_ids"] = output.prompt_token_ids
-            if request.return_prompt_text:
-                rest["prompt_text"] = completion.prompt_text(output)
+            rest.update(self._of_prompt(output))
+            text = completion.prompt_text(output) + text if request.echo else text
         return b"%b%b,%b" % (self._opening, encode(text), encode(rest)[1:])
+
+    def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
+        """What the first chunk says of the prompt."""
+        request, found = self._completion.request, dict[str, Any]()
+        if request.return_token_ids:
+            found["prompt_token_ids"] = output.prompt_token_ids
+        if request.return_prompt_text:
+            found["prompt_text"] = self._completion.prompt_text(output)
+        return found
 
     def _logprobs(self, output: RequestOutput, answer: CompletionOutput) -> dict[str, Any] | None:
         positions = [] if self._completion.only_echo or answer.logprobs is None else list(answer.logprobs)
@@ -345,6 +357,7 @@ async def _chunks(completion: _Completion) -> AsyncGenerator[bytes, None]:
             event = b",".join([part for part in parts if part])
             if event:
                 yield template.chunk(event, tail)
+    log_answer(generation, [each.logged for each in choices])
     ending = b""
     if request.include_metrics or (wants_usage and request.include_metrics is not False):
         ending = b',"metrics":' + encode(metrics_of(list(lasts.values())))

@@ -22,7 +22,7 @@ from octavo.engine.pooling_calls import ScorePlan
 from octavo.errors import InvalidRequestError
 from octavo.pooling_outputs import PoolingRequestOutput
 from octavo.pooling_params import PoolingParams
-from octavo.server.answers import AnswerFailedError, answer_headers, json_answer
+from octavo.server.answers import AnswerFailedError, json_answer
 from octavo.server.body import check_body, read_json
 from octavo.server.deadline import Deadline
 from octavo.server.generation import CHARS_PER_TOKEN_GUESS, base_request_id, check_priority, tenant_of
@@ -96,7 +96,7 @@ class PoolingCall:
             **rest,
             "usage": _usage(outputs),
         }
-        return json_answer(content, answer_headers(self.service, self.request_id))
+        return json_answer(content)
 
     def _reserve(self, prompts: Sequence[Any]) -> Ticket | None:
         admission = self.service.admission

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -31,15 +30,14 @@ logger = logging.getLogger(__name__)
 DEFAULT_TENANT = "default"
 CHARS_PER_TOKEN_GUESS = 4
 """To reserve room for a text before it is tokenized."""
-_REQUEST_ID = re.compile(r"[ -~]{1,128}", re.ASCII)
 
 
 def base_request_id(request: Request, given: str | None) -> str:
-    """The client's id for its request: the header's, the body's, or one drawn."""
-    header = request.headers.get("x-request-id")
-    if header is not None and _REQUEST_ID.fullmatch(header):
-        return header
-    return given or uuid.uuid4().hex
+    """The client's id for its request: the header's, the body's, or one drawn. It goes back in the header."""
+    state: Any = request.scope.setdefault("state", {})
+    if given is not None and state.get("given_request_id") is None:
+        state["request_id"] = given
+    return str(state.get("request_id") or given or uuid.uuid4().hex)
 
 
 def tenant_of(request: Request) -> str:

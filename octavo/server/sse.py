@@ -108,12 +108,10 @@ class EventStream(Response):
         generation: Whose they are; likewise.
         guard: Against readers that do not read.
         error_format: See ``openai_errors``.
-        headers: Further headers of the response.
     """
 
     def __init__(
-        self, events: Events, generation: Streamed, guard: StallGuard, *, error_format: str = "openai",
-        headers: dict[str, str] | None = None,
+        self, events: Events, generation: Streamed, guard: StallGuard, *, error_format: str = "openai"
     ) -> None:  # fmt: skip
         super().__init__()
         self._events = events
@@ -121,7 +119,6 @@ class EventStream(Response):
         self._deadline = generation.deadline()
         self._guard = guard
         self._error_format = error_format
-        self._headers = headers or {}
         self._has_begun = False
         self._writer: asyncio.Task[None] | None = None
         self.sending_since_s = 0.0
@@ -158,9 +155,7 @@ class EventStream(Response):
             if isinstance(error, EngineDeadError) or not hasattr(error, "status"):
                 logger.error("a stream failed", exc_info=error)
             if not self._has_begun:
-                response = error_response(error, self._error_format)
-                response.headers.update(self._headers)
-                await response(scope, receive, send)
+                await error_response(error, self._error_format)(scope, receive, send)
             else:
                 event = b"data: " + encode(error_body(error, self._error_format)) + b"\n\n" + DONE
                 await send({"type": "http.response.body", "body": event, "more_body": False})
@@ -202,7 +197,6 @@ class EventStream(Response):
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
             "x-accel-buffering": "no",  # nginx would hold chunks back
-            **self._headers,
         }
         raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})

@@ -142,7 +142,7 @@ class GenerationRequest(RequestModel):
     priority: Annotated[int, Field(ge=-INT64_MAX, le=INT64_MAX), WHOLE] | None = Field(
         None, description="Lower runs first; needs --scheduling-policy priority."
     )
-    request_id: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[ -~]+$")] | None = None
+    request_id: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[!-~]+$")] | None = None
     cache_salt: Label | None = Field(None, description="Prompts share cached prefixes only under one salt.")
     timeout_ms: Milliseconds | None = Field(None, description="End the request with an error after this time.")
     max_queue_ms: Milliseconds | None = Field(None, description="End it with an error if no token came by then.")

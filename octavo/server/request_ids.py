@@ -1,0 +1,42 @@
+"""An id for every HTTP request, in and out: the client's ``X-Request-Id``, or one drawn."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import MutableMapping
+from typing import Any
+
+from octavo.server.service import ASGIApp
+
+HEADER = b"x-request-id"
+_POSSIBLE = re.compile(rb"[!-~]{1,128}")
+"""Printable, and no blanks: it goes into logs and headers."""
+
+
+def request_ids(app: ASGIApp) -> ASGIApp:
+    """``app`` with ``scope["state"]["request_id"]`` set, and the id in every answer's headers."""
+
+    async def with_id(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == HEADER), b"")
+        request_id = given.decode("ascii") if _POSSIBLE.fullmatch(given) else None
+        state = scope.setdefault("state", {})
+        state["given_request_id"] = request_id
+        state["request_id"] = request_id or uuid.uuid4().hex
+        has_begun = False
+
+        async def send_with_id(message: MutableMapping[str, Any]) -> None:
+            nonlocal has_begun
+            if not has_begun:
+                has_begun = True
+                headers = message.setdefault("headers", [])
+                if not any(name.lower() == HEADER for name, _ in headers):
+                    message["headers"] = [*headers, (HEADER, state["request_id"].encode())]
+            await send(message)
+
+        await app(scope, receive, send_with_id)
+
+    return with_id

@@ -1,0 +1,195 @@
+"""Streams and their readers: who goes away, who is too slow, what takes too long, what is ended by id."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import httpx
+
+from octavo.sampling_params import RequestOutputKind, SamplingParams
+from octavo.server.deadline import Deadline
+from octavo.server.service import RequestRecord, Service
+from octavo.server.sse import EventStream, StallGuard
+from tests.server.conftest import Server
+
+LONG = {"model": "tiny", "prompt": "The sea", "max_tokens": 250, "ignore_eos": True, "temperature": 0}
+
+
+class Records:
+    """Hears of finished requests."""
+
+    def __init__(self) -> None:
+        self.found: list[RequestRecord] = []
+
+    def request_finished(self, record: RequestRecord) -> None:
+        self.found.append(record)
+
+    def install(self, service: Service) -> None:
+        service.observers.append(self)
+
+    def wait(self, count: int = 1) -> RequestRecord:
+        while len(self.found) < count:
+            time.sleep(0.005)
+        return self.found[count - 1]
+
+
+def num_blocks_held(server: Server) -> float:
+    engine: Any = server.service.engine
+    snapshot = engine._frontend.client.call("snapshot")
+    return snapshot.num_blocks - 1 - snapshot.num_free_blocks
+
+
+def test_a_reader_that_leaves_ends_its_request(start_server: Callable[..., Server]) -> None:
+    """Streaming or not, whatever it was doing: the engine stops and every block is free again."""
+    records = Records()
+    server = start_server(records.install)
+    host, port = server.url.removeprefix("http://").split(":")
+    for index, streaming in enumerate((True, False)):
+        raw = json.dumps({**LONG, "n": 4, "temperature": 1, "stream": streaming}).encode()
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+            connection.sendall(head.encode() + raw)
+            if streaming:
+                assert b"200 OK" in connection.recv(1000)
+            else:
+                while not server.service.open_requests.engine_ids(next(iter(open_ids(server)), "")):
+                    time.sleep(0.005)
+        record = records.wait(index + 1)
+        assert record.error_code == "client_gone"
+        assert "abort" in record.finish_reasons
+        assert record.num_generation_tokens < 1000
+    while num_blocks_held(server):
+        time.sleep(0.005)
+    assert not open_ids(server)
+
+
+def open_ids(server: Server) -> list[str]:
+    return list(server.service.open_requests._engine_ids)
+
+
+class Unread:
+    """A generation whose events nobody takes."""
+
+    def __init__(self) -> None:
+        self.num_closed = 0
+        self.has_ended = False
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"data: x\n\n"
+        finally:
+            self.has_ended = True
+
+    def deadline(self) -> Deadline:
+        return Deadline(None)
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+def test_a_reader_that_takes_nothing_is_cut_off() -> None:
+    """Red when a stream goes on for somebody who does not read: its events are closed, and it ends."""
+
+    async def run() -> tuple[Unread, int]:
+        unread, num_sent = Unread(), 0
+
+        async def send(_message: Any) -> None:
+            nonlocal num_sent
+            num_sent += 1
+            if num_sent == 4:
+                await asyncio.Event().wait()  # the socket's buffer is full, for good
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        stream = EventStream(unread.events(), unread, StallGuard(0.05))
+        await stream({"type": "http"}, receive, send)
+        return unread, num_sent
+
+    unread, num_sent = asyncio.run(run())
+    assert (unread.has_ended, unread.num_closed, num_sent) == (True, 1, 4)
+
+
+def test_a_slow_reader_gets_everything_in_fewer_pieces(server: Server) -> None:
+    """What comes while a reader is busy waits for it as one piece, with all of its tokens and logprobs."""
+
+    async def run() -> tuple[list[str], int, int]:
+        outputs = server.service.need_engine.generate(
+            [5, 6, 7], SamplingParams(max_tokens=60, ignore_eos=True, logprobs=1, output_kind=RequestOutputKind.DELTA)
+        )
+        texts, num_tokens, num_logprobs = [], 0, 0
+        async for output in outputs:
+            texts.append(output.outputs[0].text)
+            num_tokens += len(output.outputs[0].token_ids)
+            num_logprobs += len(output.outputs[0].logprobs or ())
+            await asyncio.sleep(0.05)
+        return texts, num_tokens, num_logprobs
+
+    texts, num_tokens, num_logprobs = asyncio.run(run())
+    assert (num_tokens, num_logprobs) == (60, 60)
+    assert len(texts) < 60
+
+
+def test_abort_by_id(server: Server) -> None:
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        with server.client() as client:
+            answers.append(client.post("/v1/completions", json=LONG, headers={"X-Request-Id": "mine"}))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    with server.client() as client:
+        while client.post("/v1/requests/cmpl-mine/abort").status_code == 404:
+            time.sleep(0.001)
+        thread.join()
+        choice = answers[0].json()["choices"][0]
+        assert choice["finish_reason"] == "abort"
+        assert answers[0].json()["usage"]["completion_tokens"] < 250
+        gone = client.post("/v1/requests/cmpl-mine/abort")
+        assert (gone.status_code, gone.json()["error"]["code"]) == (404, "request_not_found")
+        assert client.post("/abort_requests", json={"request_ids": ["nobody"]}).json() == {"aborted": []}
+
+
+def test_a_deadline_has_an_error_of_its_own(client: httpx.Client) -> None:
+    late = client.post("/v1/completions", json={**LONG, "timeout_ms": 1})
+    assert (late.status_code, late.json()["error"]["code"]) == (408, "request_timeout")
+    with client.stream("POST", "/v1/completions", json={**LONG, "timeout_ms": 1, "stream": True}) as response:
+        assert "request_timeout" in response.read().decode()
+    in_time = client.post("/v1/completions", json={**LONG, "max_tokens": 1, "timeout_ms": 600_000})
+    assert in_time.status_code == 200
+
+
+def test_waiting_too_long_has_an_error_of_its_own(server: Server) -> None:
+    """Eight sequences fit; while they run, one more waits, and not for longer than it said."""
+    with server.client() as client:
+        busy = {**LONG, "n": 8, "temperature": 1, "stream": True}
+        with client.stream("POST", "/v1/completions", json=busy) as response:
+            lines = response.iter_lines()
+            next(lines)
+            with server.client() as other:
+                late = other.post("/v1/completions", json={**LONG, "max_queue_ms": 1})
+            assert (late.status_code, late.json()["error"]["code"]) == (503, "queue_timeout")
+            assert int(late.headers["retry-after"]) >= 1
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+
+
+def test_records_say_what_was_done(start_server: Callable[..., Server]) -> None:
+    records = Records()
+    server = start_server(records.install)
+    with server.client() as client:
+        client.post("/v1/completions", json={**LONG, "max_tokens": 3, "prompt": [[5, 6], [7]]})
+        client.post("/v1/completions", json={**LONG, "prompt": [60000]})
+    good, bad = records.wait(1), records.wait(2)
+    assert (good.route, good.num_prompt_tokens, good.num_generation_tokens) == ("/v1/completions", 3, 6)
+    assert good.finish_reasons == ("length", "length")
+    assert good.error_code is None
+    assert good.stats is not None
+    assert bad.error_code == "invalid_value"
