@@ -40,9 +40,13 @@ ARCHITECTURES: Mapping[str, str] = {
 """Model type to class: for a config.json without architectures, and for the text half of one of several models."""
 
 _QWEN_WINDOW = {"use_sliding_window": False, "max_window_layers": 28}
+_QWEN2_VL = {
+    "max_position_embeddings": 32768, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+    **_QWEN_WINDOW, "max_window_layers": 80,
+}  # fmt: skip
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gemma": {
-        "max_position_embeddings": 8192, "head_dim": 256, "tie_word_embeddings": True,
+        "max_position_embeddings": 8192, "head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True,
         "hidden_act": "gelu_pytorch_tanh",
     },
     "gemma2": {
@@ -60,9 +64,12 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gpt_oss": {
         "max_position_embeddings": 131072, "head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
         "attention_bias": True, "sliding_window": 128, "sliding_window_pattern": 2, "rope_theta": 150000.0,
+        "num_local_experts": 128, "num_experts_per_tok": 4,
     },
     "granite": {"max_position_embeddings": 2048, "attention_multiplier": 1.0},
-    "granitemoe": {"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    "granitemoe": {
+        "max_position_embeddings": 2048, "attention_multiplier": 1.0, "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "mixtral": {
@@ -87,19 +94,18 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_local_experts": 16, "num_experts_per_tok": 2,
     },
     "qwen2": {"max_position_embeddings": 32768, **_QWEN_WINDOW},
-    "qwen2_5_vl_text": {
-        "max_position_embeddings": 32768, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
-        **_QWEN_WINDOW, "max_window_layers": 80,
-    },
+    "qwen2_5_vl_text": _QWEN2_VL,
     "qwen2_moe": {
         "max_position_embeddings": 32768, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
         "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, **_QWEN_WINDOW,
     },
+    "qwen2_vl_text": _QWEN2_VL,
     "qwen3": {"max_position_embeddings": 32768, "head_dim": 128, **_QWEN_WINDOW},
     "qwen3_moe": {
         "max_position_embeddings": 32768, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
         "moe_intermediate_size": 768, **_QWEN_WINDOW,
     },
+    "qwen3_vl_text": {"max_position_embeddings": 128000, "head_dim": 128, "rope_theta": 5e5},
     "smollm3": {
         "max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6,
         "no_rope_layer_interval": 4, "use_sliding_window": False, "max_window_layers": 28,

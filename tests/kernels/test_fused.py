@@ -40,14 +40,16 @@ def close(result: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(result, expected, rtol=2 * tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("is_wide", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 64), (5, 576), (3, 4096)], ids=str)
-def test_norms(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_norms(shape: tuple[int, int], dtype: torch.dtype, is_wide: bool) -> None:
+    """``is_wide``: a weight in float32, as of Gemma, which is applied before the only rounding."""
     torch.manual_seed(0)
     # Rows of a wider tensor: strides must be honoured.
     residual = torch.randn(shape[0], shape[1] + 32, device=DEVICE).to(dtype)[:, : shape[1]]
     delta = torch.randn(shape, device=DEVICE).to(dtype)
-    weight = torch.rand(shape[1], device=DEVICE).to(dtype) + 0.5
+    weight = (torch.rand(shape[1], device=DEVICE) + 0.5).to(torch.float32 if is_wide else dtype)
     close(norm.rms_norm(residual, weight, 1e-5), rms_norm_ref(residual, weight, 1e-5))
     expected_residual = residual.clone()
     expected = add_rms_norm_ref(expected_residual, delta, weight, 1e-5)
@@ -77,7 +79,7 @@ def cache_views(layout: str, page: int, groups: int, size: int, dtype: torch.dty
 @pytest.mark.parametrize("layout", ["heads outside", "tokens outside"])
 @pytest.mark.parametrize(
     ("heads", "groups", "size", "rotary_dim", "has_norm"),
-    [(4, 2, 64, 64, False), (3, 1, 80, 80, True), (6, 3, 32, 16, True), (2, 2, 128, 128, True)],
+    [(4, 2, 64, 64, False), (3, 1, 80, 80, True), (6, 3, 32, 16, True), (2, 2, 128, 128, True), (4, 2, 32, 0, False)],
 )
 def test_norm_rotate_write(
     heads: int, groups: int, size: int, rotary_dim: int, has_norm: bool, layout: str, dtype: torch.dtype
@@ -91,7 +93,9 @@ def test_norm_rotate_write(
     slots = torch.tensor([page * 3 + 15, 0, -1, page, page * 2 + 5], device=DEVICE)
     norms = None
     if has_norm:
-        norms = (torch.rand(size, device=DEVICE).to(dtype) + 0.5, torch.rand(size, device=DEVICE).to(dtype) + 0.5, 1e-6)
+        # Weights in float32 in one case.
+        weights = (torch.rand(2, size, device=DEVICE) + 0.5).to(torch.float32 if size == 128 else dtype)
+        norms = (weights[0], weights[1], 1e-6)
     expected_qkv = qkv.clone()
     expected_cache, *expected_views = cache_views(layout, page, groups, size, dtype)
     norm_rotate_write_ref(expected_qkv, heads, groups, norms, table, positions, *expected_views, slots)
