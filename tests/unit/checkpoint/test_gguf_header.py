@@ -106,7 +106,7 @@ MUTATIONS: dict[str, tuple[bytes, str]] = {
     "product wraps to 8": (file(tensors=(tensor(dims=(2**63, 2, 8)),)), "the file ends at"),
     "type 4": (file(tensors=(tensor(kind=4),)), "unknown type id 4"),
     "type 2^32-1": (file(tensors=(tensor(kind=2**32 - 1),)), "unknown type id"),
-    "type IQ2_XS": (file(tensors=(tensor(dims=(256,), kind=17),)), "IQ2_XS, which cannot be read"),
+    "type Q8_1": (file(tensors=(tensor(dims=(256,), kind=9),)), "Q8_1, which cannot be read"),
     "half a block": (file(tensors=(tensor(dims=(48,), kind=2),)), "Q4_0 packs 32"),
     "offset not aligned": (file(tensors=(tensor(offset=8),)), "not a multiple of 32"),
     "offset past the end": (file(tensors=(tensor(offset=1 << 20),)), "the file ends at"),

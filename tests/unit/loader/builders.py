@@ -20,6 +20,7 @@ from octavo.loader.source import LoadRequest, RowSlice, WeightSource
 HIDDEN, LAYERS, HEADS, KV_HEADS, FFN = 256, 2, 4, 2, 256
 TOKENS = [chr(c) for c in range(ord("!"), ord("~") + 1)] + ["Ġ", "th", "the", "<|end|>", "<tool>"]
 MERGES = ["t h", "th e"]
+SCALE_LAST = ("Q2_K", "Q3_K", "Q6_K", "TQ1_0", "TQ2_0")
 TYPES = [1] * (len(TOKENS) - 2) + [3, 4]
 
 
@@ -47,8 +48,14 @@ def raw_blocks(quant: str, rows: int, columns: int, seed: int) -> np.ndarray:
         block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         blocks = rng.integers(0, 256, (rows * columns // block_values, block_bytes), dtype=np.uint8)
         scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-        if quant == "Q6_K":
+        if quant in SCALE_LAST:
             blocks[:, -2:] = scale
+            if quant == "Q2_K":
+                blocks[:, -4:-2] = scale
+        elif quant == "IQ1_M":  # the scale's bits are spread over four numbers
+            blocks[:, -8::2], blocks[:, -7::2] = 0, 0x20
+        elif quant == "MXFP4":
+            blocks[:, 0] = 120
         else:
             blocks[:, :2] = blocks[:, 2:4] = scale
         return blocks.reshape(rows, -1)

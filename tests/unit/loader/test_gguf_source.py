@@ -16,7 +16,33 @@ from octavo.loader.gguf import GGUFSource
 from octavo.loader.gguf_names import hf_name
 from tests.unit.loader.builders import HEADS, HIDDEN, KV_HEADS, collect, raw_blocks, request, tiny_config, write_gguf
 
-TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+TYPES = [
+    "F32",
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "Q2_K",
+    "Q3_K",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+    "IQ1_S",
+    "IQ1_M",
+    "IQ4_NL",
+    "IQ4_XS",
+    "TQ1_0",
+    "TQ2_0",
+    "MXFP4",
+]
 
 
 def permute(values: np.ndarray, num_heads: int) -> np.ndarray:
@@ -47,6 +73,27 @@ def test_slices_of_any_size_give_the_same(slice_values: int, tmp_path: Path, mon
     sliced = collect(GGUFSource(request(path)))
     assert whole.keys() == sliced.keys()
     assert all(torch.equal(whole[name], sliced[name]) for name in whole)
+
+
+@pytest.mark.parametrize("quant", ["F32", "Q8_0", "Q4_K"])
+def test_stacked_experts_are_taken_apart(quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, path = GGMLQuantizationType[quant], tmp_path / "m.gguf"
+    raw = raw_blocks(quant, 3 * 5, HIDDEN, seed=3).reshape(3, 5, -1)
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_tensor("blk.2.ffn_up_exps.weight", raw, raw_dtype=None if quant == "F32" else kind)
+    writer.add_tensor("blk.2.ffn_gate_inp_shexp.weight", np.ones(HIDDEN, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    monkeypatch.setattr(gguf_source, "_SLICE_VALUES", 2 * HIDDEN)
+    loaded = collect(GGUFSource(request(path)))
+    whole = raw if quant == "F32" else gguf.quants.dequantize(raw, kind)
+    assert loaded.pop("model.layers.2.mlp.shared_expert_gate.weight").shape == (1, HIDDEN)
+    assert len(loaded) == 3
+    for index in range(3):
+        expert = loaded[f"model.layers.2.mlp.experts.{index}.up_proj.weight"]
+        assert np.array_equal(expert.numpy(), whole[index])
 
 
 def test_llama_queries_and_keys_get_their_order_back(tmp_path: Path) -> None:
