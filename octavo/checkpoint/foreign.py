@@ -38,6 +38,9 @@ def foreign_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     hidden = config.get("hidden_size", found.get("hidden_size"))
     if config.get("intermediate_size") is None and isinstance(hidden, int):
         found.setdefault("intermediate_size", 4 * hidden)
+    if config.get("num_attention_heads") is None:
+        # No attention at all, perhaps: whoever runs the model's code says so better than a missing field does.
+        found.setdefault("num_attention_heads", 1)
     if isinstance(config.get("local_attention"), int):  # ModernBERT's, to both sides together
         found.setdefault("sliding_window", max(1, config["local_attention"] // 2))
     if config.get("max_position_embeddings") is None:

@@ -52,9 +52,11 @@ def read_pooling(located: LocatedModel, model: ModelConfig) -> StoredPooling:
     f = Fields(model.hf, config_file)
     is_encoder = model.architecture in ENCODERS
     is_classifier = model.architecture.endswith("ForSequenceClassification")
+    # "GPT2Model" is one, "GPT2LMHeadModel" is not.
+    is_bare = model.architecture.endswith("Model") and not model.architecture.endswith(("HeadModel", "HeadsModel"))
     labels = _labels(f)
     stored = StoredPooling(
-        task="classify" if is_classifier else "embed" if is_encoder or model.architecture.endswith("Model") else None,
+        task="classify" if is_classifier else "embed" if is_encoder or is_bare else None,
         is_encoder=is_encoder,
         activation=_classifier_activation(f) if is_classifier else None,
         # Two is transformers' default, which files leave out.
