@@ -116,6 +116,12 @@ async def _prepare(service: Service, request: Request, body: dict[str, Any]) -> 
     check_stream_options(fields)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise InvalidRequestError("top_logprobs is given, but logprobs is not true", param="top_logprobs")
+    most = engine.ready.config.frontend.max_logprobs
+    if fields.top_logprobs is not None and 0 <= most < fields.top_logprobs:
+        raise InvalidRequestError(
+            f"top_logprobs is {fields.top_logprobs}, but at most {most} are allowed; raise --max-logprobs for more",
+            param="top_logprobs",
+        )
     options = chat_options(service, fields, fields.reasoning_effort)
     form = find_format(service.config.reasoning_parser, engine.tokenizer.chat_templates.source(options.chat_template))
     params = _sampling(service, fields, form)

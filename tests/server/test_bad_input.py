@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path) -> Iter
     flags = [
         str(make_tiny_model(folder)), "--served-model-name", "m", "--load-format", "dummy", "--tokenizer",
         str(smollm2_gguf), "--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override", "600",
-        "--max-request-bytes", "2M",
+        "--max-request-bytes", "6M",
     ]  # fmt: skip
     with serving(flags, folder / "log") as server:
         asyncio.run(server.until_ready())
@@ -48,7 +48,7 @@ def problems(case: Case, answer: Answer) -> list[str]:
     error = body["error"]
     if not isinstance(error["message"], str) or len(answer.body) > 10_000:
         found.append(f"message {error['message']!r:.100}, {len(answer.body)} bytes")
-    if case.param is not None and error["param"] != case.param:
+    if case.param is not None and (error["param"] or "").partition("[")[0] != case.param:
         found.append(f"names {error['param']!r} instead of {case.param!r}: {error['message']}")
     if case.code is not None and error["code"] != case.code:
         found.append(f"code {error['code']!r} instead of {case.code!r}")
@@ -62,17 +62,17 @@ def problems(case: Case, answer: Answer) -> list[str]:
 def test_each_bad_input_gets_its_answer_while_good_streams_run(server: ServerProcess) -> None:
     assert len({case.name for case in ALL}) == len(ALL)
 
-    async def scenario() -> tuple[list[str], float]:
+    async def scenario() -> tuple[list[str], tuple[float, str]]:
         undisturbed = await all_streams(server, NUM_STREAMS, 60)
         rounds = [asyncio.create_task(all_streams(server, NUM_STREAMS, 60))]
         found: list[str] = []
-        slowest_s = 0.0
+        slowest = (0.0, "")
         for case in ALL:
             if rounds[-1].done():
                 rounds.append(asyncio.create_task(all_streams(server, NUM_STREAMS, 60)))
             begin = time.monotonic()
             answer = await ask(server.port, case.path, case.body, method=case.method, headers=case.headers)
-            slowest_s = max(slowest_s, time.monotonic() - begin)
+            slowest = max(slowest, (time.monotonic() - begin, case.name))
             found += [f"{case.name}: {problem}" for problem in problems(case, answer)]
         for streams in rounds:
             answers = await streams
@@ -81,10 +81,10 @@ def test_each_bad_input_gets_its_answer_while_good_streams_run(server: ServerPro
         good = await ask(server.port, CHAT, {"model": "m", "messages": HI, "max_tokens": 3})
         assert good.status == 200
         await server.until_idle()
-        return found, slowest_s
+        return found, slowest
 
-    found, slowest_s = asyncio.run(scenario())
-    sys.stdout.write(f"{len(ALL)} bad inputs, the slowest answered after {slowest_s:.2f} s\n")
+    found, slowest = asyncio.run(scenario())
+    sys.stdout.write(f"{len(ALL)} bad inputs, the slowest answered after {slowest[0]:.2f} s: {slowest[1]}\n")
     assert not found, "\n".join(found)
     log = server.log.read_text(errors="replace")
     assert "Traceback" not in log and "\x1b" not in log
