@@ -31,6 +31,13 @@ class FlashAttnBackend(LibraryPrefillBackend):
         library, reasons = find_flash(spec)
         return f"no FlashAttention serves this model ({reasons})" if library is None else None
 
+    @classmethod
+    def passed_over(cls, spec: AttentionSpec) -> str | None:
+        """See ``attention/registry.py``: not every FlashAttention is faster than TRITON_ATTN."""
+        library, _ = find_flash(spec)
+        assert library is not None, "unsupported() says when this backend cannot be used"
+        return None if library.is_winner else f"{library.name} has not been measured ahead of TRITON_ATTN"
+
     def _load(self, spec: AttentionSpec) -> Attend:
         library, reasons = find_flash(spec)
         assert library is not None, "unsupported() says when this backend cannot be used"

@@ -47,6 +47,7 @@ class LibraryPrefillBackend(TritonBackend):
     """A TritonBackend whose prompts go to ``library``, which subclasses set."""
 
     is_capturable: ClassVar[bool] = True
+    copies_history: ClassVar[bool] = True
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)

@@ -163,7 +163,7 @@ class Worker:
             dtype_bytes,
             prompt_piece=PROMPT_PIECE,
             logits_bytes=self._logits_bytes,
-            copies_history=not is_gpu,
+            copies_history=not is_gpu or any(getattr(each, "copies_history", False) for each in self._backends),
         )
         if self._records_graphs:
             largest = make_buckets(limits.max_num_seqs)[-1]

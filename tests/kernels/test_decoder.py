@@ -88,6 +88,7 @@ def use_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ),
     )
     monkeypatch.setattr("octavo.quantization.unquantized.linear", multiply)
+    monkeypatch.setattr("octavo.quantization.unquantized.native_kernels", lambda: None)
 
     def act(gate_up: torch.Tensor) -> torch.Tensor:
         calls.append("act")
