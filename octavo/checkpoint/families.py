@@ -20,6 +20,8 @@ ARCHITECTURES: Mapping[str, str] = {
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "llama": "LlamaForCausalLM",
+    "ministral": "MinistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
@@ -71,6 +73,11 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": 2048, "attention_multiplier": 1.0, "num_local_experts": 8, "num_experts_per_tok": 2,
     },
     "llama": {"max_position_embeddings": 2048},
+    "ministral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "ministral3": {
+        "max_position_embeddings": 262144, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "mixtral": {
         "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
@@ -117,6 +124,7 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 DIMENSIONS: Mapping[str, tuple[int, int, int, int, int]] = {
     "gemma3_text": (262208, 2304, 9216, 26, 8),
     "llama": (32000, 4096, 11008, 32, 32),
+    "ministral3": (131072, 4096, 14336, 34, 32),
     "mistral": (32000, 4096, 14336, 32, 32),
     "qwen2": (151936, 4096, 22016, 32, 32),
     "qwen2_5_vl_text": (152064, 8192, 29568, 80, 64),
@@ -138,7 +146,7 @@ def language_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | Non
     """
     text = config.get("text_config")
     names: Any = config.get("architectures")
-    wrapper = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type"))
+    wrapper = str(cast("list[Any]", names)[0]) if isinstance(names, list) and names else str(config.get("model_type"))
     model_type = str(config.get("model_type"))
     if isinstance(text, dict) and config.get("hidden_size") is None:
         inner = dict(cast("dict[str, Any]", text))

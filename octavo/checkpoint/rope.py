@@ -58,8 +58,6 @@ def read_rope(f: Fields, head_dim: int, max_positions: int, layer_kind: str = "f
     kind = _ALIASES.get(kind, kind)
     if kind not in ROPE_TYPES:
         raise s.error("rope_type", f"is {kind!r:.60}, but must be one of {', '.join(ROPE_TYPES)}")
-    if s.values.get("llama_4_scaling_beta"):
-        raise s.error("llama_4_scaling_beta", "scales queries by their position, which is not supported")
     if kind == "default":
         return RopeConfig(theta=theta, partial_rotary_factor=partial)
     return RopeConfig(theta, _scaling(s, f, kind, rotary_dim, max_positions), partial)

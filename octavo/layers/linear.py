@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from octavo.layers.context import LayerContext
@@ -58,7 +59,9 @@ class Linear(Layer):
     def _finish_weight(self, weight: Tensor) -> None:
         loaded, self._loading = self._loading, {}
         if self._row_order is not None:
-            loaded["weight"] = weight[self._row_order]
+            # As the method allocates, which may not be as indexing does.
+            loaded["weight"] = self._method.create_weights(self.shape)["weight"]
+            torch.index_select(weight, 0, self._row_order.to(weight.device), out=loaded["weight"])
         del weight
         self._weights = self._method.after_load(self.shape, loaded)
 

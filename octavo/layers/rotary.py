@@ -50,21 +50,28 @@ class Rotary:
             frequencies, magnitude = rope_frequencies(rope, self.rotary_dim, max_positions, trained_positions)
         angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
         self._table = torch.polar(torch.full_like(angles, magnitude), angles).to(device)
+        scales = None if rope is None else _query_scales(rope, max_positions, trained_positions)
+        self._query_scales = None if scales is None else scales.to(device)
 
     def forward(self, positions: Tensor) -> Rotations:
         """The rotations of a step whose tokens stand at ``[T]`` int64 positions."""
-        return Rotations(self._table, positions)
+        return Rotations(self._table, positions, self._query_scales)
 
 
 class Rotations:
     """The rotation of each token of one step, for all layers that share a table."""
 
-    def __init__(self, table: Tensor, positions: Tensor) -> None:
+    def __init__(self, table: Tensor, positions: Tensor, query_scales: Tensor | None = None) -> None:
         self.table = table
         """[max_positions, R / 2] complex64."""
         self.positions = positions
         """[T] int64."""
         self._rows: Tensor | None = None
+        self._scales = query_scales
+
+    def query_scales(self) -> Tensor | None:
+        """``[T, 1]`` float32 by which queries are longer at their positions; None where they never are."""
+        return None if self._scales is None else self._scales[self.positions, None]
 
     def rows(self) -> Tensor:
         """``[T, R / 2]`` complex64; gathered at the first call."""
@@ -172,6 +179,18 @@ def _yarn(
     if mscale and mscale_all_dim:
         return frequencies, temperature(mscale) / temperature(mscale_all_dim)
     return frequencies, temperature(1.0)
+
+
+def _query_scales(rope: RopeConfig, max_positions: int, trained_positions: int) -> Tensor | None:
+    """``[max_positions]`` float32: queries grow with the logarithm of how often the first length is passed, as in
+    Llama 4 and Ministral 3, so that attention stays sharp over long texts. None where all are 1."""
+    if rope.scaling.get("llama_4_scaling_beta") is None:
+        return None
+    beta = _number(rope.scaling, "yarn", "llama_4_scaling_beta")
+    original = _number(rope.scaling, "yarn", "original_max_position_embeddings", float(trained_positions))
+    if max_positions <= original:
+        return None
+    return 1 + beta * torch.log(1 + torch.floor(torch.arange(max_positions, dtype=torch.float32) / original))
 
 
 def _longrope(

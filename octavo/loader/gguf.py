@@ -1,8 +1,7 @@
 """Weights from a GGUF file: Hugging Face names, blocks turned into floats slice by slice while loading.
 
-Blocks are decoded by the ``gguf`` package, which is the reference for every type; a few threads decode ahead of the
-consumer (NumPy releases the interpreter lock). What a tensor is called and how its rows lie in each architecture is in
-``gguf_names.py``.
+A few threads decode ahead of the consumer, without the interpreter lock; see ``gguf_blocks.py``. What a tensor is
+called and how its rows lie in each architecture is in ``gguf_names.py``.
 """
 
 from __future__ import annotations
@@ -14,14 +13,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from gguf import GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from octavo.checkpoint.gguf_file import GGUFFile, GGUFTensor
 from octavo.config.model import ModelConfig
+from octavo.loader.gguf_blocks import dequantize
 from octavo.loader.gguf_names import NOT_WEIGHTS, Part, layout_of, parts
 from octavo.loader.safetensors import drop_pages
 from octavo.loader.source import LoadRequest, RowSlice
@@ -104,8 +101,7 @@ def _decode(gguf: GGUFFile, job: _Job) -> Tensor:
     if tensor.quant_type in _TORCH_TYPES:
         values = torch.frombuffer(bytearray(raw), dtype=_TORCH_TYPES[tensor.quant_type])
     else:
-        blocks = np.frombuffer(raw, dtype=np.uint8).reshape(last - first, tensor.row_bytes)
-        values = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[tensor.quant_type]))
+        values = dequantize(raw, tensor)
     if is_vector:
         values = values.view(-1)[part.start : part.start + math.prod(part.shape)]
     values = values.view(job.end - job.start, *part.shape[1:])

@@ -153,6 +153,10 @@ class SelfAttention(Layer):
             q, k = qkv[:, :q_size], qkv[:, q_size : q_size + k_size]
             q.copy_(self._wide_norms[0].forward(q))
             k.copy_(self._wide_norms[1].forward(k))
+        scales = rotations.query_scales()
+        if scales is not None:
+            assert self._head_norms is None, "a norm of heads would undo it"
+            qkv[:, : self._sizes[0]].mul_(scales.to(qkv.dtype))
         return self.o_proj.forward(self.attention.forward(qkv, rotations, batch, self._head_norms))
 
 

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.3, and the models that share their mathematics: Mistral, Yi, SmolLM2, SmolLM3, Granite.
+"""Llama 1 to 3.3, and the models that share their mathematics: Mistral, Ministral, Yi, SmolLM2, SmolLM3, Granite.
 
 What distinguishes them is in their configs: windows, layers without positions, multipliers, biases. Papers: Touvron et
 al., "Llama 2", 2023; Grattafiori et al., "The Llama 3 Herd of Models", 2024; Jiang et al., "Mistral 7B", 2023.

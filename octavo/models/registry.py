@@ -27,6 +27,8 @@ MODELS = Registry(
         "GraniteForCausalLM": "octavo.models.llama:LlamaForCausalLM",
         "GraniteMoeForCausalLM": "octavo.models.mixtral:GraniteMoeForCausalLM",
         "LlamaForCausalLM": "octavo.models.llama:LlamaForCausalLM",
+        "Ministral3ForCausalLM": "octavo.models.llama:LlamaForCausalLM",
+        "MinistralForCausalLM": "octavo.models.llama:LlamaForCausalLM",
         "MistralForCausalLM": "octavo.models.llama:LlamaForCausalLM",
         "MixtralForCausalLM": "octavo.models.mixtral:MixtralForCausalLM",
         "Olmo2ForCausalLM": "octavo.models.olmo2:Olmo2ForCausalLM",

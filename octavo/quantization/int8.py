@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.native import NativeKernels, native_kernels
+from octavo.kernels.transient import transient
 from octavo.quantization.method import LinearShape
 
 _ROWS_AT_ONCE = 1024
@@ -30,7 +31,7 @@ class Int8:
 
     def create_weights(self, shape: LinearShape) -> dict[str, Tensor]:
         """See QuantizationMethod."""
-        return {"weight": torch.empty(shape.out_features, shape.in_features, dtype=torch.float32, device=self._device)}
+        return {"weight": transient(shape.out_features, shape.in_features).to(self._device)}
 
     def after_load(self, shape: LinearShape, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Round the weight; the full-precision one is dropped."""

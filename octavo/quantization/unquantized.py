@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octavo.kernels.linear import linear
 from octavo.kernels.native import NativeKernels, native_kernels
+from octavo.kernels.transient import transient
 from octavo.quantization.method import LinearShape
 
 
@@ -26,12 +27,14 @@ class Unquantized:
 
     def create_weights(self, shape: LinearShape) -> dict[str, Tensor]:
         """See QuantizationMethod."""
+        if self._is_packed(shape):
+            return {"weight": transient(shape.out_features, shape.in_features)}
         return {"weight": torch.empty(shape.out_features, shape.in_features, dtype=shape.dtype, device=self._device)}
 
     def after_load(self, shape: LinearShape, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """See QuantizationMethod."""
         assert weights["weight"].shape == (shape.out_features, shape.in_features)
-        if self._native is not None and shape.dtype is torch.float32:
+        if self._native is not None and self._is_packed(shape):
             return {"panels": self._native.pack_float32(weights["weight"])}
         return weights
 
@@ -41,3 +44,6 @@ class Unquantized:
         if self._native is not None and "panels" in weights:
             return self._native.linear_float32(x, weights["panels"], shape.out_features, bias)
         return linear(x, weights["weight"], bias)
+
+    def _is_packed(self, shape: LinearShape) -> bool:
+        return self._native is not None and shape.dtype is torch.float32

@@ -20,7 +20,10 @@ from octavo.server import chat, completions, embeddings, health, metrics, models
 from octavo.server.openai_errors import HTTPRefusal, error_response, log_internal
 from octavo.server.request_ids import request_ids
 from octavo.server.service import ASGIApp, Service
+from octavo.server.sse import ClientGoneError
 
+CLIENT_GONE = 499
+"""As others write it: the client went before there was an answer."""
 ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
     models.make_router,
     chat.make_router,
@@ -64,7 +67,8 @@ def make_routes(service: Service) -> FastAPI:
 def with_layers(service: Service, app: ASGIApp) -> ASGIApp:
     """``app`` behind the service's layers."""
     config = service.config
-    stack: ASGIApp = app if config.root_path is None else _rooted(app, config.root_path)
+    stack: ASGIApp = _contained(app)
+    stack = stack if config.root_path is None else _rooted(stack, config.root_path)
     for layer in reversed(service.layers):
         stack = layer(stack)
     return CORSMiddleware(
@@ -75,6 +79,18 @@ def with_layers(service: Service, app: ASGIApp) -> ASGIApp:
         allow_credentials=config.allow_credentials,
         expose_headers=["X-Request-Id"],
     )
+
+
+def _contained(app: ASGIApp) -> ASGIApp:
+    """``app`` whose failures are answered and logged, once, and go no further."""
+
+    async def contained(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        try:
+            await app(scope, receive, send)
+        except Exception as error:  # border of the application: the client has its answer by now
+            log_internal(error, scope)
+
+    return contained
 
 
 def _rooted(app: ASGIApp, root_path: str) -> ASGIApp:
@@ -108,10 +124,13 @@ def _add_error_handlers(app: FastAPI, error_format: str) -> None:
             refusal = HTTPRefusal(error.status_code, str(error.detail), None, headers=dict(error.headers or {}))
         return error_response(refusal, error_format)
 
-    async def on_other(request: Request, error: Exception) -> Response:
-        log_internal(error, request)
-        return error_response(error, error_format)
+    async def on_client_gone(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)  # nobody reads it
+
+    async def on_other(_request: Request, error: Exception) -> Response:
+        return error_response(error, error_format)  # and it is raised once more, see _contained
 
     app.add_exception_handler(OctavoError, on_octavo_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(ClientGoneError, on_client_gone)
     app.add_exception_handler(Exception, on_other)

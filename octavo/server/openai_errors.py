@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
 from pydantic import ValidationError
-from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import InvalidRequestError, OctavoError
@@ -98,9 +97,9 @@ def error_response(error: BaseException, error_format: str = "openai") -> Respon
     )
 
 
-def log_internal(error: BaseException, request: Request) -> None:
+def log_internal(error: BaseException, scope: MutableMapping[str, Any]) -> None:
     """An exception that nobody meant to raise: to the log, with its stack."""
-    logger.error("%s %s failed", request.method, request.scope.get("path", "?")[:200], exc_info=error)
+    logger.error("%s %r failed", scope.get("method"), shorten(str(scope.get("path")), 200), exc_info=error)
 
 
 # -------------------------------------------------------------------------------------- what pydantic found, in words

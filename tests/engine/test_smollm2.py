@@ -11,6 +11,8 @@ import pytest
 from octavo import LLM, RequestOutput, SamplingParams
 
 NUM_TOKENS = 64
+TIE = 1e-4
+"""Logits that lie closer are equal: sums of another order differ by up to 7e-5 here."""
 LENGTHS = [5, 6, 8, 12, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 100, 200, 333, 512, 900, 1500]
 TEXT = (
     "The lighthouse stood at the end of a narrow spit of land, and every evening its keeper climbed the ninety-one "
@@ -77,8 +79,9 @@ def test_greedy_tokens_are_those_of_transformers(
         with torch.inference_mode():
             ids = torch.tensor([prompt + answer.token_ids[:-1]])
             logits = reference(ids, logits_to_keep=NUM_TOKENS).logits[0]
-        best = logits.argmax(-1).tolist()
-        assert best == answer.token_ids, f"prompt of {len(prompt)} tokens"
+        chosen = logits.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        # One of the prompts leads to two tokens with the very same logit in transformers: either is the most likely.
+        assert (logits.amax(-1) - chosen).max() < TIE, f"prompt of {len(prompt)} tokens"
         logprobs = torch.log_softmax(logits, -1)
         for position, token_id in enumerate(answer.token_ids):
             entry = (answer.logprobs or [])[position]

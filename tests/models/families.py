@@ -139,6 +139,10 @@ VARIANTS: dict[str, Variant] = {
         "Mistral", "MistralForCausalLM", "MistralConfig", "`head_dim` of its own, no window",
         "Mistral 7B v0.2 and v0.3, Mistral Nemo, Mistral Small, Ministral 8B", {"sliding_window": None, "head_dim": 32},
     ),
+    "ministral3": Variant(
+        "Mistral", "Ministral3ForCausalLM", "Ministral3Config", "queries that grow with their position", "Ministral 3",
+        {"head_dim": 16, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3}},
+    ),
     "mistral3-text": Variant(
         "Mistral", "Mistral3ForConditionalGeneration", "MistralConfig", "text half of a multimodal checkpoint",
         "Mistral Small 3.1 and 3.2, Pixtral (transformers layout)", {"sliding_window": None, "head_dim": 16},

@@ -109,7 +109,7 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``octavo serve`` as a process of its own, over SmolLM2-135M; its base URL."""
     log = tmp_path_factory.mktemp("serve") / "log"
     command = [sys.executable, "-m", "octavo.cli.main", "serve", "--host", "127.0.0.1", "--port", "0",
-               "--num-threads", "2", "--max-model-len", "1024", "--kv-cache-memory-bytes", "256M"]  # fmt: skip
+               "--num-threads", "1", "--max-model-len", "1024", "--kv-cache-memory-bytes", "256M"]  # fmt: skip
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stderr=stream, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     try:

@@ -117,7 +117,9 @@ def test_routes_that_loading_holds_up_say_so(start_server: Callable[..., Server]
             assert int(response.headers["retry-after"]) >= 1
 
 
-def test_an_inner_failure_says_nothing_of_itself(start_server: Callable[..., Server]) -> None:
+def test_an_inner_failure_says_nothing_of_itself(
+    start_server: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken:
         def reserve(self, **_: Any) -> Any:
             raise RuntimeError("secret 0x7f")
@@ -130,6 +132,7 @@ def test_an_inner_failure_says_nothing_of_itself(start_server: Callable[..., Ser
     assert response.status_code == 500
     assert "secret" not in response.text
     assert response.json()["error"]["code"] == "internal_error"
+    assert ["failed" in each.getMessage() for each in caplog.records if each.levelname == "ERROR"] == [True]
 
 
 def test_requests_and_answers_in_the_log(start_server: Callable[..., Server], caplog: pytest.LogCaptureFixture) -> None:
@@ -138,7 +141,7 @@ def test_requests_and_answers_in_the_log(start_server: Callable[..., Server], ca
         fields = {"prompt": "ab\ncdef", "max_tokens": 2, "user": "ann\x1b[31m"}
         client.post("/v1/completions", json={**fields, "request_id": "one"})
         assert "[DONE]" in client.post("/v1/completions", json={**fields, "stream": True}).text
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("octavo.")]
     assert any("Received request cmpl-one" in line and r"'ab\ncd'"[:6] in line and "cdef" not in line for line in lines)
     assert sum("Generated response" in line for line in lines) == 2
     assert not any("\x1b" in line or "\n" in line for line in lines)

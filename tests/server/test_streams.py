@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
+import pytest
 
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.deadline import Deadline
@@ -45,7 +46,9 @@ def num_blocks_held(server: Server) -> float:
     return snapshot.num_blocks - 1 - snapshot.num_free_blocks
 
 
-def test_a_reader_that_leaves_ends_its_request(start_server: Callable[..., Server]) -> None:
+def test_a_reader_that_leaves_ends_its_request(
+    start_server: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
     """Streaming or not, whatever it was doing: the engine stops and every block is free again."""
     records = Records()
     server = start_server(records.install)
@@ -67,6 +70,7 @@ def test_a_reader_that_leaves_ends_its_request(start_server: Callable[..., Serve
     while num_blocks_held(server):
         time.sleep(0.005)
     assert not open_ids(server)
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")]
 
 
 def open_ids(server: Server) -> list[str]:

@@ -141,5 +141,5 @@ def _parse_plan(plan: Mapping[str, Any]) -> MoePlan:
 
 
 def _fit(size: int, limit: int) -> int:
-    """The largest power of two up to ``limit`` that divides ``size``, but at least 64."""
-    return max(64, min(limit, size & -size))
+    """A power of two up to ``limit`` and not far beyond ``size``; what is beyond is masked."""
+    return max(64, min(limit, 1 << (size - 1).bit_length()))

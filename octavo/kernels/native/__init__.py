@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.native.build import load_library
+from octavo.kernels.transient import transient
 
 SPAN_KEYS = 64
 """Keys of one task of single queries: ``SPAN`` in decode_attention.c."""
@@ -29,6 +30,7 @@ _SIGNATURES = {
     "octavo_pack_float32": (_P, _P, _L, _L),
     "octavo_linear_int8": (_P, _L, _P, _P, _P, _P, _L, _L, _L, _P),
     "octavo_quantize_int8": (_P, _P, _P, _L, _L),
+    "octavo_dequantize": (ctypes.c_int, _P, _P, _L),
     "octavo_rms_norm": (_P, _P, _P, _F, _P, _L, _L),
     "octavo_silu_and_mul": (_P, _P, _L, _L),
     "octavo_rotate": (_P, _L, _P, _L, _L, _L, _L),
@@ -58,6 +60,7 @@ class NativeKernels:
         self._pack_float32 = library.octavo_pack_float32
         self._linear_int8 = library.octavo_linear_int8
         self._quantize_int8 = library.octavo_quantize_int8
+        self._dequantize = library.octavo_dequantize
         self._prefill_attention = library.octavo_prefill_attention
         self._rms_norm = library.octavo_rms_norm
         self._silu_and_mul = library.octavo_silu_and_mul
@@ -115,6 +118,15 @@ class NativeKernels:
             x.data_ptr(), x.stride(0), panels.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr(),
             out.data_ptr(), rows, size, num_outputs, scratch,
         )  # fmt: skip
+        return out
+
+    def dequantize(self, blocks: Tensor, type_id: int, num_values: int, num_blocks: int) -> Tensor:
+        """Blocks of a GGUF file, ``[bytes]`` uint8, to ``[num_values]`` float32, as ``gguf.quants.dequantize`` does.
+
+        Any number of threads may call it at once.
+        """
+        out = transient(num_values)
+        self._dequantize(type_id, blocks.data_ptr(), out.data_ptr(), num_blocks)
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -74,7 +74,6 @@ void octavo_pack_float32(const float *w, float *panels, long N, long K) {
 
 /* ---- int8 weights, 16-bit inputs, products summed exactly in 32 bits --------------------------------------------- */
 
-#define PAIRS (2 * COLUMNS) /* numbers of a panel that belong to two neighbouring inputs */
 typedef int32_t vecl __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 /* Two inputs times the weights of LANES outputs. */
@@ -184,17 +183,26 @@ long octavo_linear_int8_scratch(long T, long K) {
 }
 
 /* Round w [N, K] (contiguous) to int8 panels; scales: [N rounded up to 16]. The largest of a row becomes 127. */
-void octavo_quantize_int8(const float *w, int8_t *panels, float *scales, long N, long K) {
-    const long Kp = (K + 1) / 2 * 2;
+#define ROUNDED 256 /* numbers of a row at once: rounding is vector code, laying them apart is not */
+void octavo_quantize_int8(const float *w, int8_t *w8, float *scales, long N, long K) {
+    const long Kp = (K + 1) / 2 * 2, panels = (N + COLUMNS - 1) / COLUMNS;
 #pragma omp parallel for schedule(static)
-    for (long p = 0; p < (N + COLUMNS - 1) / COLUMNS; p++)
-        for (long n = p * COLUMNS; n < (p + 1) * COLUMNS; n++) {
-            int8_t *to = panels + p * COLUMNS * Kp + (n - p * COLUMNS) * 2;
-            const float *row = w + n * K;
-            float high = 1e-30f;
-            for (long k = 0; k < K && n < N; k++) high = larger(high, fabsf(row[k]));
-            scales[n] = n < N ? high / 127.f : 0.f;
-            for (long k = 0; k < Kp; k++)
-                to[k / 2 * PAIRS + k % 2] = n < N && k < K ? (int8_t)(int32_t)rintf(row[k] * (127.f / high)) : 0;
+    for (long n = 0; n < panels * COLUMNS; n++) {
+        int16_t *to = (int16_t *)(w8 + n / COLUMNS * COLUMNS * Kp) + n % COLUMNS;
+        if (n >= N) {
+            scales[n] = 0.f;
+            for (long k = 0; k < Kp / 2; k++) to[k * COLUMNS] = 0;
+            continue;
         }
+        const float *row = w + n * K;
+        float high = 1e-30f;
+        for (long k = 0; k < K; k++) high = larger(high, fabsf(row[k]));
+        scales[n] = high / 127.f;
+        for (long first = 0; first < Kp; first += ROUNDED) {
+            int8_t rounded[ROUNDED] __attribute__((aligned(2))) = {0};
+            const long count = smaller(K - first, ROUNDED);
+            for (long k = 0; k < count; k++) rounded[k] = (int8_t)(int32_t)rintf(row[first + k] * (127.f / high));
+            for (long k = 0; k < count; k += 2) memcpy(to + (first + k) / 2 * COLUMNS, rounded + k, 2);
+        }
+    }
 }

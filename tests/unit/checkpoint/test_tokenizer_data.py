@@ -331,6 +331,20 @@ def test_template_files_win(tmp_path: Path) -> None:
     assert load_tokenizer_data(tmp_path).chat_templates == {"default": "new", "rag": "R", "tool_use": "U"}
 
 
+def test_templates_of_processors(tmp_path: Path) -> None:
+    """Multi-modal models keep theirs in files of their processors, in three forms."""
+    write_folder(tmp_path, {"chat_template": "tokenizer's"})
+    (tmp_path / "processor_config.json").write_text(json.dumps({"chat_template": {"default": "A", "tools": "B"}}))
+    assert load_tokenizer_data(tmp_path).chat_templates == {"default": "A", "tools": "B"}
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "C"}))
+    assert load_tokenizer_data(tmp_path).chat_templates == {"default": "C", "tools": "B"}
+    (tmp_path / "chat_template.jinja").write_text("D")
+    assert load_tokenizer_data(tmp_path).chat_templates == {"default": "D", "tools": "B"}
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": 3}))
+    with pytest.raises(CheckpointError, match=r"chat_template\.json"):
+        load_tokenizer_data(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "reason"),
     [

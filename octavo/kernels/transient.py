@@ -1,0 +1,21 @@
+"""Memory that goes back to the system when it is dropped, for weights on their way into their final form."""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def transient(*shape: int) -> Tensor:
+    """A float32 tensor in pages of its own.
+
+    Not from malloc, because freeing a large piece there tells glibc to keep pieces up to that size for later: layer by
+    layer that left holes of half a model's size.
+    """
+    size = math.prod(shape)
+    pages = mmap.mmap(-1, max(1, 4 * size))
+    return torch.from_numpy(np.frombuffer(pages, np.float32, size)).view(shape)
