@@ -75,9 +75,9 @@ def main() -> None:
         for pdl in (True, False):
             decode.has_pdl = has_pdl if pdl else lambda: False
             decode.launch_options = options if pdl else dict
-            for part in (128, 256, 512) if reqs == 1 else (128,):
+            for part in (128, 512) if reqs == 1 else (128,):
                 decode.MIN_PART_TOKENS = part
-                for tile, warps, stages in ((32, 2, 5), (64, 4, 4), (32, 2, 4), (64, 4, 5)):
+                for tile, warps, stages in ((32, 2, 5), (64, 4, 4)):
                     decode._settings = lambda *_, warps=warps, stages=stages: (warps, stages)
                     took = chain.time_us(tile)
                     print(f"{name:>16} early {pdl:d} part {part:3d} tile {tile} warps {warps} stages {stages}: "
