@@ -84,7 +84,7 @@ def start(folder: Path, **settings: Any) -> LLM:
 
 @pytest.mark.parametrize("model_type", sorted(CASES))
 def test_same_tokens_and_logprobs(model_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A batch of mixed lengths in chunks of 24 tokens, over contexts several windows long; then with cached prefixes."""
+    """A batch of mixed lengths in chunks of 24 tokens, over contexts several windows long; then cached prefixes."""
     model = make(model_type, CASES[model_type], tmp_path)
     impl = "transformers" if model_type in FORCED else "auto"
     limits: dict[str, Any] = {"num_gpu_blocks_override": 80, "max_num_batched_tokens": 24, "max_num_seqs": 8}
