@@ -115,6 +115,7 @@ def use_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             qkv, h, g, norms, torch.view_as_real(table), *rest
         ),
     )
+    monkeypatch.setattr("octavo.quantization.unquantized.native_kernels", lambda: None)  # the CPU's own product
     monkeypatch.setattr("octavo.quantization.unquantized.linear", multiply)
 
     def act(gate_up: torch.Tensor) -> torch.Tensor:
