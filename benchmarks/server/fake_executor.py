@@ -4,7 +4,8 @@
         --distributed-executor-backend fake_executor:FakeExecutor
 
 Scheduler, KV cache, processes, tokenizer and server are the real ones. A step takes ``FAKE_STEP_MS`` milliseconds, or
-``FAKE_JOIN_MS`` when a request joins in it, whatever its size; tokens are ordinary words made from the row's length.
+``FAKE_JOIN_MS`` when a request joins in it, whatever its size. Tokens are those of ``FAKE_TOKEN_IDS``, in turn: choose
+whole words, for of a part of a character nothing can be shown.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from octavo.messages import ModelRunnerOutput, SchedulerOutput
 from octavo.worker.report import MemoryReport
 
 KV_BYTES = 2**40
-"""The cache is bookkeeping only: as large as anybody asks for."""
-FIRST_ID, NUM_IDS = 1000, 20000
-"""Ids of plain words in the vocabularies that this is used with."""
+"""The cache is bookkeeping only. At 4 KiB per token a CPU's default of 4 GiB is a million tokens."""
 
 
 class FakeExecutor:
@@ -32,10 +31,11 @@ class FakeExecutor:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        group = KVGroupSpec(KVKind.FULL, (0,), 1, 8, 4)
+        group = KVGroupSpec(KVKind.FULL, (0,), 1, 512, 4)
         self._spec = KVCacheSpec((group,), config.cache.block_size)
         self._step_s = float(os.environ.get("FAKE_STEP_MS", "10")) / 1000
         self._join_s = float(os.environ.get("FAKE_JOIN_MS", self._step_s * 1000)) / 1000
+        self._ids = [int(each) for each in os.environ.get("FAKE_TOKEN_IDS", "100").split(",")]
         self._known: dict[int, int] = {}
         self._computed: dict[int, int] = {}
 
@@ -58,7 +58,7 @@ class FakeExecutor:
                 token_ids.append([])
                 continue
             self._known[row] += 1
-            token_ids.append([FIRST_ID + (self._known[row] * 7919 + row * 104729) % NUM_IDS])
+            token_ids.append([self._ids[(self._known[row] + row) % len(self._ids)]])
         wait_s = (self._join_s if plan.new_rows else self._step_s) - (time.monotonic() - begin_s)
         if wait_s > 0:
             time.sleep(wait_s)

@@ -22,6 +22,10 @@ from typing import Any
 
 import psutil
 
+from octavo.checkpoint.locate import locate_model
+from octavo.cli.bench_data import COMMON_WORDS
+from octavo.frontend.tokenizer import load_tokenizer
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MODEL = "smollm2-135m"
@@ -42,6 +46,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def word_ids(model: str) -> list[int]:
+    """Token ids that are whole words, so that each token is text at once."""
+    tokenizer = load_tokenizer(locate_model(model).path, None)
+    encoded = (tokenizer.encode(f" {word}", add_special_tokens=False) for word in COMMON_WORDS)
+    return [ids[0] for ids in encoded if len(ids) == 1]
+
+
 @dataclass(frozen=True)
 class Usage:
     """What the processes of a server hold and have used."""
@@ -50,7 +61,9 @@ class Usage:
     """Of the HTTP processes."""
     engine_rss_mb: float
     cpu_s: float
-    """Of the HTTP processes."""
+    """Of the HTTP processes,"""
+    system_s: float
+    """the kernel's part of it."""
     engine_cpu_s: float
     num_fds: int
     num_threads: int
@@ -78,6 +91,8 @@ class Server:
         ]  # fmt: skip
         paths = [str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]
         self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
+        if set(FAKE) <= set(self._command):
+            self._environment["FAKE_TOKEN_IDS"] = ",".join(map(str, word_ids(model)))
         self._log = log
         self.start_s = 0.0
 
@@ -112,17 +127,18 @@ class Server:
     def usage(self) -> Usage:
         """Of now."""
         family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        rss, cpu, fds, threads = [0.0, 0.0], [0.0, 0.0], 0, 0
+        rss, cpu, system_s, fds, threads = [0.0, 0.0], [0.0, 0.0], 0.0, 0, 0
         for process in family:
             try:
                 is_engine = "octavo.engine.core_main" in process.cmdline()
                 times = process.cpu_times()
                 rss[is_engine] += process.memory_info().rss / 2**20
                 cpu[is_engine] += times.user + times.system
+                system_s += 0.0 if is_engine else times.system
                 fds, threads = fds + process.num_fds(), threads + process.num_threads()
             except psutil.Error:
                 continue
-        return Usage(rss[0], rss[1], cpu[0], cpu[1], fds, threads)
+        return Usage(rss[0], rss[1], cpu[0], system_s, cpu[1], fds, threads)
 
     def metrics(self) -> dict[str, float]:
         """Every sample of ``/metrics`` but buckets: name and labels to value."""

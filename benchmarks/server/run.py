@@ -100,7 +100,8 @@ async def token_cost(server: Server, scale: float) -> tuple[dict[str, Any], Aims
     cost_us = 1e6 * (after.cpu_s - before.cpu_s) / (count * tokens)
     engine_us = 1e6 * (after.engine_cpu_s - before.engine_cpu_s) / (count * tokens)
     measured = {
-        "streams": count, "tokens_per_s": count * tokens / seconds, "engine_us_per_token": engine_us, **seen(clients),
+        "streams": count, "tokens_per_s": count * tokens / seconds, "engine_us_per_token": engine_us,
+        "kernel_us_of_http": 1e6 * (after.system_s - before.system_s) / (count * tokens), **seen(clients),
     }  # fmt: skip
     return measured, {
         "errors": (num_bad(clients, tokens), "<=", 0),
@@ -109,32 +110,36 @@ async def token_cost(server: Server, scale: float) -> tuple[dict[str, Any], Aims
 
 
 async def slow_readers(server: Server, scale: float) -> tuple[dict[str, Any], Aims]:
-    """50 clients stop reading while their streams run fast; 50 good ones go on beside them."""
-    count, tokens = max(4, int(50 * scale)), 8000
+    """8 clients stop reading four fast answers each; 8 good ones go on beside them. The system's own buffers, some
+    megabytes for each connection, take what comes at first; then the server joins what it cannot send, and must neither
+    pile up nor keep the engine busy for ever."""
+    count, tokens = max(2, int(8 * scale)), 6000
     good = await connect_many(
-        server.port, (completion(f"Good {index}", 1500) for index in range(count)), per_second=500, keep_gaps=True
+        server.port, (completion(f"Good {index}", tokens) for index in range(count)), per_second=500, keep_gaps=True
     )
     await asyncio.sleep(2)
     before, paused_s = server.usage(), time.perf_counter()
-    requests = (completion(f"Slow {index}", tokens) for index in range(count))
+    requests = (completion(f"Slow {index}", 8000, n=4, temperature=0.5) for index in range(count))
     slow = await connect_many(server.port, requests, per_second=500, read_events=2, receive_buffer=4096)
     most_mb = 0.0
     cut_off_s: float | None = None
-    while time.perf_counter() - paused_s < 40 and cut_off_s is None:
+    while time.perf_counter() - paused_s < 90 and cut_off_s is None:
         await asyncio.sleep(0.5)
         most_mb = max(most_mb, server.usage().rss_mb - before.rss_mb)
         running = await asyncio.to_thread(server.metric, "num_requests_running")
         if running <= sum(not each.closed.done() for each in good) and time.perf_counter() - paused_s > 3:
             cut_off_s = time.perf_counter() - paused_s
+    finished = await asyncio.to_thread(server.metric, "request_success_total", 'finished_reason="length"')
     for each in slow:
         each.transport.abort()
     await wait_closed(good, 120)
     calm = [gap for each in good for at, gap in each.result.gaps if at < paused_s]
     beside = [gap for each in good for at, gap in each.result.gaps if at >= paused_s]
-    return {"slow": count, "gap_p99_before_s": quantile(calm, 0.99), **seen(good)}, {
-        "errors_of_good": (num_bad(good, 1500), "<=", 0),
+    measured = {"slow": count, "gap_p99_before_s": quantile(calm, 0.99), "finished": finished, **seen(good)}
+    return measured, {
+        "errors_of_good": (num_bad(good, tokens), "<=", 0),
         "rss_mb_per_slow_reader": (most_mb / count, "<=", 1.0),
-        "cut_off_after_s": (40.0 if cut_off_s is None else cut_off_s, "<=", 15),
+        "cut_off_after_s": (90.0 if cut_off_s is None else cut_off_s, "<=", 60),
         "gap_p99_rise_s": (quantile(beside, 0.99) - quantile(calm, 0.99), "<=", 0.1),
     }
 
@@ -289,11 +294,11 @@ SCENARIOS: dict[str, Scenario] = {
     "streams": Scenario(streams, ROOMY, {"FAKE_STEP_MS": "1000", "FAKE_JOIN_MS": "200"}),
     "idle-streams": Scenario(idle_streams, ROOMY, {"FAKE_STEP_MS": "10000", "FAKE_JOIN_MS": "2000"}),
     "token-cost": Scenario(token_cost, ROOMY, {"FAKE_STEP_MS": "20"}),
-    "slow-readers": Scenario(slow_readers, [*ROOMY, "--stream-stall-timeout", "10"], {"FAKE_STEP_MS": "10"}),
+    "slow-readers": Scenario(slow_readers, [*ROOMY, "--stream-stall-timeout", "10"], {"FAKE_STEP_MS": "5"}),
     "slowloris": Scenario(slowloris, ROOMY, {"FAKE_STEP_MS": "5"}),
     "long-prompt": Scenario(
         long_prompt,
-        [*ROOMY, "--hf-overrides", '{"max_position_embeddings": 1000000}', "--num-gpu-blocks-override", "100000"],
+        [*ROOMY, "--hf-overrides", '{"max_position_embeddings": 1000000}'],
         {"FAKE_STEP_MS": "20"},
     ),
     "idle": Scenario(idle, ROOMY, {"FAKE_STEP_MS": "5"}),

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from octavo.checkpoint.families import ARCHITECTURES, DEFAULTS, language_model
 from octavo.checkpoint.files import read_json_object
-from octavo.checkpoint.foreign import foreign_defaults
+from octavo.checkpoint.foreign import foreign_defaults, has_unknown_layers
 from octavo.checkpoint.gguf_config import gguf_to_hf_config
 from octavo.checkpoint.gguf_file import GGUFFile
 from octavo.checkpoint.locate import LocatedModel
@@ -183,6 +183,8 @@ def _windows(f: Fields, num_layers: int, model_type: str, max_positions: int) ->
         raise f.error("use_bidirectional_attention", "is set, but only attention to earlier tokens is supported")
     # Some write 0 for none.
     window = f.optional_integer("sliding_window", 0, 2**31 - 1) or None
+    if model_type not in DEFAULTS and has_unknown_layers(f.values):
+        return ()  # whoever has such a model knows what they are
     if f.values.get("layer_types") is not None:
         is_local = _stated_kinds(f, num_layers)
         if window is None and any(is_local):

@@ -46,3 +46,9 @@ def foreign_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("max_position_embeddings") is None:
         found.setdefault("max_position_embeddings", _FALLBACK_POSITIONS)
     return found
+
+
+def has_unknown_layers(config: Mapping[str, Any]) -> bool:
+    """Whether ``layer_types`` names anything but full and windowed attention."""
+    kinds: Any = config.get("layer_types")
+    return isinstance(kinds, list) and any(kind not in ("full_attention", "sliding_attention") for kind in kinds)  # pyright: ignore[reportUnknownVariableType]

@@ -1,4 +1,4 @@
-"""The workloads W1 to W10 as token ids and output lengths, and the model shapes that they run on.
+"""The workloads W1 to W6 and W9 to W12 as token ids and output lengths, and the model shapes that they run on.
 
 Every engine that is compared runs these very lists: seeds, draws and their order never change (a test holds digests).
 Knows no engine, and no torch. ``bench_workloads.py`` runs them.
@@ -82,21 +82,21 @@ def _w6_prefill() -> Workload:
     return replace(workload, name="W6-prefill", output_lens=[1] * len(workload.prompts))
 
 
-def _w7() -> Workload:
-    return replace(_w3(), name="W7", model="m3")
-
-
-def _w8() -> Workload:
-    draw = random.Random(0)
-    return Workload("W8", "m3", [_ids(draw, 512) for _ in range(256)], [256] * 256, 0.6)
-
-
 def _w9() -> Workload:
-    return replace(_w3(), name="W9", model="m4")
+    return replace(_w3(), name="W9", model="m3")
 
 
 def _w10() -> Workload:
-    return replace(_w8(), name="W10", model="m4")
+    draw = random.Random(0)
+    return Workload("W10", "m3", [_ids(draw, 512) for _ in range(256)], [256] * 256, 0.6)
+
+
+def _w11() -> Workload:
+    return replace(_w3(), name="W11", model="m4")
+
+
+def _w12() -> Workload:
+    return replace(_w10(), name="W12", model="m4")
 
 
 WORKLOADS: Mapping[str, Callable[[], Workload]] = {
@@ -107,14 +107,14 @@ WORKLOADS: Mapping[str, Callable[[], Workload]] = {
     "W6-prefill": _w6_prefill,
     "W5": _w5,
     "W2": _w2,
-    "W7": _w7,
-    "W8": _w8,
     "W9": _w9,
     "W10": _w10,
+    "W11": _w11,
+    "W12": _w12,
 }
 """By name, in the order in which a run with little time takes them: the small model first, then by what a second tells
 about an engine."""
-OPTIONAL: Sequence[str] = ("W7", "W8", "W9", "W10")
+OPTIONAL: Sequence[str] = ("W9", "W10", "W11", "W12")
 """Not among ``all``: their models take 61 and 24 GB, and no peer has run them."""
 DESCRIPTIONS: Mapping[str, str] = {
     "W1": "256 requests, prompt and answer uniform in 100..1024",
@@ -124,16 +124,16 @@ DESCRIPTIONS: Mapping[str, str] = {
     "W5": "prefill only: 64 prompts of 8192",
     "W6": "256 requests, prompt 512, answer 512",
     "W6-prefill": "256 prompts of 512, one token each",
-    "W7": "mixture of experts, batch 1, prompt 128, answer 256, greedy",
-    "W8": "mixture of experts, 256 requests, prompt 512, answer 256",
-    "W9": "local and global layers, batch 1, prompt 128, answer 256, greedy",
-    "W10": "local and global layers, 256 requests, prompt 512, answer 256",
+    "W9": "mixture of experts, batch 1, prompt 128, answer 256, greedy",
+    "W10": "mixture of experts, 256 requests, prompt 512, answer 256",
+    "W11": "local and global layers, batch 1, prompt 128, answer 256, greedy",
+    "W12": "local and global layers, 256 requests, prompt 512, answer 256",
 }
 
 
 MODEL_OF: Mapping[str, str] = {
     "W1": "m1", "W2": "m2", "W3": "m2", "W4": "m1", "W5": "m2", "W6": "m2", "W6-prefill": "m2",
-    "W7": "m3", "W8": "m3", "W9": "m4", "W10": "m4",
+    "W9": "m3", "W10": "m3", "W11": "m4", "W12": "m4",
 }  # fmt: skip
 """Known without making the lists, which takes up to a second."""
 

@@ -1,4 +1,4 @@
-"""``octavo bench workloads``: the workloads W1 to W10 on dummy weights, a JSON row for each run, within a time limit.
+"""``octavo bench workloads``: W1 to W6 and W9 to W12 on dummy weights, a JSON row for each run, within a time limit.
 
 This process starts one engine process per model (``bench_run.py``) and outlives it: when a workload fails or the
 engine dies, the row says why and the rest goes on in a fresh process. Rows are on disk as soon as they are measured.
@@ -29,7 +29,7 @@ from octavo.config.flags import FlagParser, add_engine_flags, engine_args_from, 
 from octavo.errors import ConfigError
 from octavo.utils.text import did_you_mean
 
-SUMMARY = "Run the workloads W1 to W10 on dummy weights: a JSON row for each run, within a time limit."
+SUMMARY = "Run the workloads W1 to W6 and W9 to W12 on dummy weights: a JSON row for each run, within a time limit."
 RUN_MODULE, PROFILE_MODULE = "octavo.cli.bench_run", "octavo.cli.bench_profile"
 _GRACE_S = 20.0
 """A child that has not ended so long after the deadline is killed: it hangs."""

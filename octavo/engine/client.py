@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 import zmq
@@ -280,7 +280,7 @@ class ZmqClient(_PumpedClient):
 
     def __init__(
         self,
-        process: ProcessHandle,
+        process: subprocess.Popen[bytes] | ProcessHandle,
         inbound: zmq.Socket[bytes],
         outbound: zmq.Socket[bytes],
         death_fd: int,
@@ -298,7 +298,7 @@ class ZmqClient(_PumpedClient):
         self._ready = ready
         self._is_closed = False
         # Also runs when the client is forgotten, and at the end of the program.
-        self._child = process if isinstance(process, subprocess.Popen) else None
+        self._child = cast("subprocess.Popen[bytes]", process) if isinstance(process, subprocess.Popen) else None
         self._release = weakref.finalize(self, _release, self._child, [inbound, outbound], death_fd, cleanup)
         self._send_lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder()

@@ -109,8 +109,7 @@ class EngineCore:
             "ping": lambda: "pong",
             "reset_prefix_cache": scheduler.reset_prefix_cache,
             "snapshot": scheduler.snapshot,
-            # Plain data: what runs goes on changing, also where a client shares this process.
-            "timeline": lambda request_id: msgspec.to_builtins(scheduler.timeline(request_id)),
+            "timeline": self._timeline,
         }
 
     # ------------------------------------------------------------------------------------------ from other threads
@@ -243,6 +242,10 @@ class EngineCore:
             return CoreResult(call.call_id, value=method(*call.args))
         except (OctavoError, TypeError) as error:  # TypeError: wrong arguments, the caller's fault
             return CoreResult(call.call_id, error=f"{type(error).__name__}: {error}")
+
+    def _timeline(self, request_id: str) -> Any:
+        # Plain data: what runs goes on changing, also where a client shares this process.
+        return msgspec.to_builtins(self._scheduler.timeline(request_id))
 
     def _abort_client(self, client_index: int) -> int:
         """A frontend is gone: end its requests, without a word to it. Returns how many there were."""

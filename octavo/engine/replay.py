@@ -12,10 +12,11 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import zip_longest
+from typing import Any, Protocol, cast
 
 import msgspec
 
@@ -411,11 +412,11 @@ class ReplayingClient:
                 continue
             with self._changed:
                 is_wanted = not self._is_closing
+                num_open = len(self._open)
                 if is_wanted:
                     self._ready = client.ready
                     self._blame.is_careful = bool(self._held)
                     self._client = client
-                    num_open = len(self._open)
                     self._feed()
                     self._changed.notify_all()
             if is_wanted:
@@ -445,16 +446,20 @@ def add_counters(base: EngineSnapshot, snapshot: EngineSnapshot) -> EngineSnapsh
     """``snapshot`` with ``base`` added to everything that only grows."""
     changes: dict[str, Any] = {}
     for name in snapshot.__struct_fields__:
-        before, now = getattr(base, name), getattr(snapshot, name)
-        if name in _GAUGES or not before:
-            continue
-        if isinstance(now, dict):
-            changes[name] = {key: before.get(key, 0) + now.get(key, 0) for key in {**before, **now}}
-        elif isinstance(now, list):
-            longest = max(len(before), len(now))
-            changes[name] = [
-                sum(each[index] if index < len(each) else 0 for each in (before, now)) for index in range(longest)
-            ]
-        else:
-            changes[name] = before + now
+        before: Any = getattr(base, name)
+        now: Any = getattr(snapshot, name)
+        if name not in _GAUGES and before:
+            changes[name] = _sum(before, now)
     return msgspec.structs.replace(snapshot, **changes)
+
+
+def _sum(before: Any, now: Any) -> Any:
+    """Of numbers, or of the numbers in two dicts or lists of which one may have more than the other."""
+    if isinstance(now, dict):
+        counts = Counter[str](cast("dict[str, int]", before))
+        counts.update(cast("dict[str, int]", now))
+        return dict(counts)
+    if isinstance(now, list):
+        pairs = zip_longest(cast("list[int]", before), cast("list[int]", now), fillvalue=0)
+        return [first + second for first, second in pairs]
+    return before + now

@@ -28,6 +28,8 @@ from octavo.frontend.text_stream import (
 )
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+LONG_TEXT_CHARS = 4096
+"""From here on a text is encoded in a way that costs a little more and lets other threads run."""
 
 
 class TokenizedText(dict[str, list[int]]):
@@ -193,6 +195,9 @@ class Tokenizer:
             InvalidRequestError: The text has half a surrogate pair, which no encoding has.
         """
         self._check_text(text)
+        if len(text) >= LONG_TEXT_CHARS:
+            # The same, but without holding the interpreter's lock: other streams go on meanwhile.
+            return self._raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return self._raw.encode(text, add_special_tokens=add_special_tokens).ids
 
     @staticmethod

@@ -39,7 +39,7 @@ def supervise(
 
     def on_ready() -> None:
         admission.limits = limits_for(supervisor.ready.config.scheduler, count)
-        service.engine = supervisor
+        service.engine = supervisor.llm  # outlives every engine process
         logger.info("Application startup complete.")  # scripts wait for this line
 
     def on_phase(phase: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import MutableMapping
 from typing import Any
 
 from octavo.config.guard import GuardConfig
@@ -46,7 +47,7 @@ class BodyLimits:
         body.is_held_back = any(name == b"expect" for name, _ in scope["headers"])
         has_begun = False
 
-        async def pass_on(message: dict[str, Any]) -> None:
+        async def pass_on(message: MutableMapping[str, Any]) -> None:
             nonlocal has_begun
             has_begun = True
             if message["type"] == "http.response.body" and not message.get("more_body"):

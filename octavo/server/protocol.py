@@ -113,7 +113,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._is_in_head:
             self._num_head_bytes += len(data)
         try:
-            self.parser.feed_data(data)
+            self.parser.feed_data(data)  # pyright: ignore[reportOptionalMemberAccess] - there until it is lost
         except httptools.HttpParserUpgrade:
             self.log.warn("a client wants to speak another protocol over this connection, which is not possible")
         except httptools.HttpParserError as error:
@@ -181,6 +181,11 @@ class GuardedProtocol(HttpToolsProtocol):
 
     # ------------------------------------------------------------------------------------------------- details
 
+    @property
+    def _is_answering(self) -> bool:
+        cycle: Any = self.cycle  # uvicorn declares it without the None that it is at first
+        return cycle is not None and not cycle.response_complete
+
     def _arm(self) -> None:
         self._timer = self.loop.call_later(self.limits.header_timeout_s, self._on_head_timeout)
 
@@ -191,7 +196,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _on_head_timeout(self) -> None:
         self._timer = None
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._is_answering:
             self._arm()  # the next request dawdles, but an answer is still under way
         elif self._num_head_bytes:
             self._refuse(HTTPRefusal(408, "the head of the request did not arrive in time", "header_timeout"))
@@ -205,7 +210,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse(self, refusal: HTTPRefusal) -> None:
         """Answer without the application, and close. While an answer is under way, only close."""
-        if self.cycle is None or self.cycle.response_complete:
+        if not self._is_answering:
             response = error_response(refusal, self.limits.error_format)
             lines = [STATUS_LINE[refusal.status]]
             lines += [b"%b: %b\r\n" % header for header in response.raw_headers]

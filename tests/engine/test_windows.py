@@ -75,14 +75,14 @@ def make(model: Path) -> Iterator[MakeLLM]:
 def alone(make: MakeLLM) -> list[list[list[int]]]:
     """What each prompt gives by itself."""
     llm = make(max_num_seqs=1, enable_prefix_caching=False)
-    return tokens_of([llm.generate(prompt, greedy())[0] for prompt in PROMPTS])
+    return tokens_of([llm.generate(prompt, greedy(12))[0] for prompt in PROMPTS])
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_are_those_of_the_prompt_alone(way: str, make: MakeLLM, alone: list[list[list[int]]]) -> None:
     llm = make(**WAYS[way])
-    assert tokens_of(llm.generate(PROMPTS, greedy())) == alone
-    again = llm.generate(PROMPTS, greedy())
+    assert tokens_of(llm.generate(PROMPTS, greedy(12))) == alone
+    again = llm.generate(PROMPTS, greedy(12))
     assert tokens_of(again) == alone
     assert any(output.num_cached_tokens for output in again)
     llm._frontend.client.call("check_books")
@@ -94,27 +94,30 @@ def test_a_pool_of_little_more_than_one_request(make: MakeLLM, model: Path, alon
     # 208 tokens are 13 blocks. A window of 24 lies in 3 at most, and one more is being filled.
     llm = make(num_gpu_blocks_override=1 + 13 * num_full + 4 * num_local, max_num_batched_tokens=16)
     for _ in range(2):
-        assert tokens_of(llm.generate(PROMPTS, greedy())) == alone
+        assert tokens_of(llm.generate(PROMPTS, greedy(12))) == alone
         llm._frontend.client.call("check_books")
 
 
-def test_flex_attention(make: MakeLLM, alone: list[list[list[int]]]) -> None:
+def test_flex_attention(make: MakeLLM, alone: list[list[list[int]]], model: Path) -> None:
     """A row's table still lists blocks that were given back, and may be its own again under another number."""
+    if not model.name.startswith("mistral"):
+        pytest.skip("one model will do: every score is computed before it is masked")
     llm = make(attention_backend="FLEX_ATTENTION", max_num_seqs=2, num_gpu_blocks_override=40)
     got = tokens_of(llm.generate([PROMPTS[3], PROMPTS[0], PROMPTS[2]], greedy(5)))
     assert got == [[alone[index][0][:5]] for index in (3, 0, 2)]
 
 
 def test_another_process(make: MakeLLM, alone: list[list[list[int]]], model: Path) -> None:
-    if model.name.startswith("gemma3"):
-        assert tokens_of(make(in_process=False).generate(PROMPTS, greedy())) == alone
+    if not model.name.startswith("gemma3"):
+        pytest.skip("one model will do: the one with seven tables per request")
+    assert tokens_of(make(in_process=False).generate(PROMPTS, greedy(12))) == alone
 
 
 def test_a_shared_beginning_is_found_by_all_groups(make: MakeLLM, alone: list[list[list[int]]]) -> None:
     llm = make()
     assert llm.reset_prefix_cache()
-    llm.generate(PROMPTS[6], greedy())
-    (output,) = llm.generate(PROMPTS[7], greedy())
+    llm.generate(PROMPTS[6], greedy(12))
+    (output,) = llm.generate(PROMPTS[7], greedy(12))
     # 100 tokens are 6 full blocks: all groups still have what the token behind them sees.
     assert output.num_cached_tokens == 96
     assert tokens_of([output]) == [alone[7]]

@@ -7,6 +7,7 @@ Red when a layer hands a kernel another shape, stride, order or place in the cac
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,33 @@ CONFIGS = {
         tie_word_embeddings=True,
     ),
 }  # fmt: skip
+SMALL = ModelConfig(
+    "LlamaForCausalLM", vocab_size=64, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, num_kv_heads=1,
+    head_dim=32, max_position_embeddings=64, rms_norm_eps=1e-5, rope=RopeConfig(),
+)  # fmt: skip
+OTHERS = {
+    "layers without positions": replace(SMALL, layer_ropes=(RopeConfig(), None), residual_scale=0.5, logit_scale=2.0),
+    "olmo2": replace(SMALL, architecture="Olmo2ForCausalLM"),
+    "phi2": replace(
+        SMALL, architecture="PhiForCausalLM", rope=RopeConfig(partial_rotary_factor=0.5), hidden_act="gelu_new"
+    ),
+    "gemma2": replace(
+        SMALL, architecture="Gemma2ForCausalLM", hidden_act="gelu_pytorch_tanh", layer_windows=(2, None),
+        attention_softcap=2.0, logit_softcap=3.0, attention_scale=0.3, tie_word_embeddings=True,
+    ),
+    "gemma3": replace(
+        SMALL, architecture="Gemma3ForCausalLM", hidden_act="gelu_pytorch_tanh", layer_windows=(2, None),
+        layer_ropes=(RopeConfig(), RopeConfig(theta=1e6)),
+    ),
+}  # fmt: skip
+KERNELS = {
+    "layers without positions": {"norm", "add+norm", "rotate+write", "act"},
+    "olmo2": {"norm", "add+norm", "rotate+write", "act"},
+    "phi2": {"rotate+write"},
+    "gemma2": {"norm", "add+norm", "rotate+write", "gelu"},
+    "gemma3": {"norm", "add+norm", "rotate+write", "gelu"},
+}
+"""What must have run as a kernel of ours; the rest are torch's operators on a GPU too."""
 
 
 def load_random(paged: PagedModel) -> None:
@@ -87,6 +115,7 @@ def use_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             qkv, h, g, norms, torch.view_as_real(table), *rest
         ),
     )
+    monkeypatch.setattr("octavo.quantization.unquantized.native_kernels", lambda: None)  # the CPU's own product
     monkeypatch.setattr("octavo.quantization.unquantized.linear", multiply)
     monkeypatch.setattr("octavo.quantization.unquantized.native_kernels", lambda: None)
 
@@ -94,8 +123,25 @@ def use_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("act")
         return activation.gated(gate_up, is_gelu=False)
 
-    monkeypatch.setitem(__import__("octavo.layers.activation", fromlist=["_GATED"])._GATED, "silu", act)
+    def gelu(gate_up: torch.Tensor) -> torch.Tensor:
+        calls.append("gelu")
+        return activation.gated(gate_up, is_gelu=True)
+
+    gated = __import__("octavo.layers.activation", fromlist=["_GATED"])._GATED
+    monkeypatch.setitem(gated, "silu", act)
+    monkeypatch.setitem(gated, "gelu_pytorch_tanh", gelu)
     return calls
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_families_bring_equals_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms in float32, behind blocks, over all heads; no rotation or a partial one; windows, soft-caps, two bases."""
+    expected = run(PagedModel(OTHERS[name], num_blocks=6, scattered=True))
+    calls = use_gpu_kernels(monkeypatch)
+    monkeypatch.setattr("tests.models.harness.TorchSdpaBackend", TritonBackend)
+    result = run(PagedModel(OTHERS[name], num_blocks=6, scattered=True))
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    assert set(calls) - {"linear"} == KERNELS[name]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

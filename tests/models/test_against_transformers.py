@@ -1,6 +1,7 @@
-"""Logits equal transformers', in prefill, chunked prefill and decode, for every feature of the families.
+"""Logits equal transformers', in prefill, chunked prefill and decode, without engine or worker around the model.
 
-Red when: a rotation, norm, bias, head order, shard order, mask or cache slot is wrong in any of the paths.
+``test_families.py`` has all families; here are those that differ in what happens between projection and attention. Red
+when: a rotation, norm, bias, head order, shard order, mask or cache slot is wrong in any of the paths.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ import pytest
 import torch
 
 from tests.models.harness import PagedModel
-from tests.models.hf import CASES, load_state, make_reference, model_config
+from tests.models.hf import load_state, make_reference, model_config
 
 TOLERANCE = 1e-4
 TOKENS = torch.randint(0, 77, (90,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
+@pytest.fixture(scope="module", params=["biases", "llama3-rope", "one-kv-head", "qwen3"])
 def pair(request):
     reference = make_reference(request.param)
     with torch.no_grad():

@@ -28,7 +28,7 @@ from octavo.errors import ConfigError
 DIGESTS = {
     "W1": "48bae5a1088c03e5", "W2": "4e4fb6256386909a", "W3": "77737f430fb1a404", "W4": "441f58d9de66bd63",
     "W5": "bc90179ed9b8b901", "W6": "576ed505b697494a", "W6-prefill": "06070e4b8bc07014",
-    "W7": "b3733cc575f287e9", "W8": "e88f721119288c33", "W9": "17323c0aeb2e4cbb", "W10": "3f6ee1262e309df0",
+    "W9": "b3733cc575f287e9", "W10": "e88f721119288c33", "W11": "17323c0aeb2e4cbb", "W12": "3f6ee1262e309df0",
 }  # fmt: skip
 """Of the lists that the peers' published runs used: model, prompts, lengths, temperature."""
 H200 = Ceilings(4.299e12, 771.2e12, 669.75e12)
@@ -100,8 +100,8 @@ def test_model_folders_hold_a_shape_and_nothing_else(tmp_path: Path) -> None:
 
 def test_names_are_checked_and_put_in_the_order_of_value() -> None:
     assert workload_names("W2,W4, W3") == ["W4", "W3", "W2"]
-    assert "W7" not in workload_names("all")
-    assert workload_names("W8,W7") == ["W7", "W8"]
+    assert "W9" not in workload_names("all")
+    assert workload_names("W10,W9") == ["W9", "W10"]
     with pytest.raises(ConfigError, match=r"no 'W111'.*W1"):
         workload_names("W111")
     with pytest.raises(ConfigError, match="its own"):

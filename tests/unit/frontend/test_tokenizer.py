@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from octavo.errors import InvalidRequestError
-from octavo.frontend.tokenizer import Tokenizer, load_tokenizer
+from octavo.frontend.tokenizer import LONG_TEXT_CHARS, Tokenizer, load_tokenizer
 
 
 def test_text_goes_there_and_back(byte_level: Tokenizer) -> None:
@@ -53,3 +55,27 @@ def test_the_embedded_model(smollm2_gguf: Path) -> None:
     ids = tokenizer.apply_chat_template(messages, tokenize=True)
     assert tokenizer.decode(ids) == text
     assert ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_a_long_text_gets_the_same_ids_and_holds_nobody_up(byte_level: Tokenizer) -> None:
+    """Red when other threads stand still while a long prompt is encoded: every stream of a server would."""
+    text = "Hello 世界 🤷🏽‍♀️<|im_end|> and on" * 200
+    assert len(text) > LONG_TEXT_CHARS
+    assert byte_level.encode(text) == byte_level.encode(text[:31]) * 200
+    turns, is_over = 0, threading.Event()
+
+    def live() -> None:
+        nonlocal turns
+        while not is_over.wait(0.001):
+            turns += 1
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    while not turns:
+        time.sleep(0.001)
+    before = turns
+    byte_level.encode(text * 60)
+    during = turns - before
+    is_over.set()
+    thread.join()
+    assert during >= 3
