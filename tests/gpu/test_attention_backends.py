@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from octavo.attention.backend import AttentionSpec
+from octavo.attention.backend import AttentionSpec, unsupported_direction
 from octavo.attention.registry import BACKENDS
 from octavo.errors import ConfigError
 from tests.unit.attention.test_torch_sdpa import check_backend
@@ -38,7 +38,7 @@ def test_backend_equals_reference(spec: str, name: str, dtype: torch.dtype) -> N
         backend = BACKENDS.load(name)
     except ConfigError as error:
         pytest.skip(error.message)
-    reason = backend.unsupported(asked, "cuda")
+    reason = unsupported_direction(backend, asked) or backend.unsupported(asked, "cuda")
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
     if name == "FLEX_ATTENTION" and (dtype is not torch.bfloat16 or fields["head_dim"] == 256):
