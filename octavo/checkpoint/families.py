@@ -135,6 +135,8 @@ DIMENSIONS: Mapping[str, tuple[int, int, int, int, int]] = {
 _FLAT_WRAPPERS = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
 """Multimodal configs that keep the fields of their language model beside those of the others."""
 _SHARED_FIELDS = ("bos_token_id", "eos_token_id", "quantization_config", "dtype", "torch_dtype")
+BOTH_WAYS = frozenset({"paligemma"})
+"""Multimodal models whose language model would be another one if it were run by itself."""
 _RENAMED_TYPES = {"gemma3": "gemma3_text"}
 
 

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from octavo.errors import ConfigError
 
@@ -169,4 +169,4 @@ def _entry(data: bytes) -> dict[str, Any] | None:
         entry = json.loads(data)
     except ValueError:
         return None
-    return entry if isinstance(entry, dict) else None
+    return cast("dict[str, Any]", entry) if isinstance(entry, dict) else None

@@ -136,8 +136,9 @@ def _custom(namespace: argparse.Namespace, _is_chat: bool) -> list[Sample]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        row: Any = None
         try:
-            row: Any = json.loads(line)
+            row = json.loads(line)
             prompt = row["prompt"]
         except (ValueError, KeyError, TypeError):
             prompt = None

@@ -138,6 +138,6 @@ def _error(what: str, body: Any) -> ServerError:
     """OpenAI's error body as an exception."""
     error: Any = cast("dict[str, Any]", body).get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict):
-        return ServerError(f"{what}: {shorten(str(error or body), 300)}")
+        return ServerError(f"{what}: {shorten(json.dumps(body), 300)}")
     known = cast("dict[str, Any]", error)
     return ServerError(f"{what}: {shorten(str(known.get('message')), 1000)}", str(known.get("code")))

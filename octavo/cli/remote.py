@@ -187,5 +187,6 @@ def _note_usage(usage: dict[str, Any] | None, answer: Answer, reply: Reply) -> N
     if not usage:
         return
     reply.num_prompt_tokens = usage.get("prompt_tokens") or 0
-    reply.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    details: dict[str, Any] = usage.get("prompt_tokens_details") or {}
+    reply.num_cached_tokens = details.get("cached_tokens") or 0
     answer.token_ids = [0] * (usage.get("completion_tokens") or len(answer.token_ids))

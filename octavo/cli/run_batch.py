@@ -183,9 +183,10 @@ class Batch:
             finished.result()  # what failed here is ours: a full disk, say
             return False
         finally:
-            for task in (*takers, shower, stopper):
+            running: list[asyncio.Task[Any]] = [*takers, shower, stopper]
+            for task in running:
                 task.cancel()
-            await asyncio.gather(*takers, shower, stopper, return_exceptions=True)
+            await asyncio.gather(*running, return_exceptions=True)
 
     async def _answer(self, place: RowPlace) -> None:
         request_id = f"batch_req_{uuid.uuid4().hex}"
@@ -252,8 +253,9 @@ class Progress:
         """A row is finished."""
         tokens = 0
         if not is_failed(row):
-            usage = (row["response"]["body"] or {}).get("usage") or {}
-            tokens = usage.get("total_tokens") or 0
+            body: dict[str, Any] = row["response"]["body"] or {}
+            usage: dict[str, Any] = body.get("usage") or {}
+            tokens = int(usage.get("total_tokens") or 0)
         self._now = _Mark(time.monotonic(), self._now.num_rows + 1, self._now.num_tokens + tokens)
 
     async def show(self) -> None:

@@ -28,9 +28,12 @@ from octavo.errors import EngineDeadError, EngineRestartingError, OctavoError
 from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import Prompt, TokensPrompt
 from octavo.frontend.tokenizer import Tokenizer
-from octavo.messages import EngineReady
+from octavo.messages import EngineReady, RequestTimeline
 from octavo.observability.metrics import Metric
+from octavo.observability.request_stats import RequestStats
 from octavo.outputs import RequestOutput
+from octavo.pooling_outputs import PoolingRequestOutput
+from octavo.pooling_params import PoolingParams
 from octavo.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -253,6 +256,32 @@ class EngineSupervisor:
     async def get_metrics(self) -> list[Metric]:
         """See ``AsyncLLM.get_metrics``. Counters go on over restarts."""
         return await self.llm.get_metrics()
+
+    def latest_metrics(self, stats: RequestStats | None = None) -> list[Metric]:
+        """See ``AsyncLLM.latest_metrics``."""
+        return self.llm.latest_metrics(stats)
+
+    @property
+    def request_stats(self) -> RequestStats | None:
+        """See ``AsyncLLM.request_stats``."""
+        return self.llm.request_stats
+
+    async def timeline(self, request_id: str) -> list[RequestTimeline]:
+        """See ``AsyncLLM.timeline``. A history begins anew with each engine."""
+        return await self.llm.timeline(request_id)
+
+    async def encode(
+        self,
+        prompt: object,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        task: str = "encode",
+        priority: int = 0,
+        tenant: str = "default",
+    ) -> PoolingRequestOutput:
+        """See ``AsyncLLM.encode``."""
+        return await self.llm.encode(prompt, pooling_params, request_id, task=task, priority=priority, tenant=tenant)
 
     async def check_health(self) -> None:
         """See ``AsyncLLM.check_health``."""

@@ -18,6 +18,13 @@ from octavo.observability.stats import kv_cache_usage
 PREFIX = "octavo:"
 MIRROR_PREFIX = "vllm:"
 """Of the copies for dashboards that know these names with vLLM's prefix."""
+OLDER_NAMES: Mapping[str, str] = {
+    "kv_cache_usage_perc": "gpu_cache_usage_perc",
+    "prefix_cache_queries": "gpu_prefix_cache_queries",
+    "prefix_cache_hits": "gpu_prefix_cache_hits",
+    "inter_token_latency_seconds": "time_per_output_token_seconds",
+}
+"""What earlier versions of vLLM called some of them: mirrored as well, for dashboards made for those."""
 
 HELP: Mapping[str, str] = {
     "num_requests_running": "Requests on the device.",

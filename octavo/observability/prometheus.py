@@ -14,9 +14,10 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 
-from octavo.observability.metrics import HELP, MIRROR_PREFIX, PREFIX, Counter, Gauge, Metric
+from octavo.observability.metrics import HELP, MIRROR_PREFIX, OLDER_NAMES, PREFIX, Counter, Gauge, Metric
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_TODAY = {old: new for new, old in OLDER_NAMES.items()}
 
 
 def render(metrics: Iterable[Metric], *, mirror: bool = False, with_process: bool = False) -> bytes:
@@ -32,12 +33,20 @@ def render(metrics: Iterable[Metric], *, mirror: bool = False, with_process: boo
     """
     shown = list(metrics)
     if mirror:
-        shown += [replace(each, name=MIRROR_PREFIX + each.name.removeprefix(PREFIX)) for each in shown]
+        shown += _mirrored(shown)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Page(shown))
     if with_process:
         ProcessCollector(registry=registry)
     return generate_latest(registry)
+
+
+def _mirrored(metrics: Iterable[Metric]) -> Iterator[Metric]:
+    for each in list(metrics):
+        name = each.name.removeprefix(PREFIX)
+        for known in (name, OLDER_NAMES.get(name)):
+            if known is not None:
+                yield replace(each, name=MIRROR_PREFIX + known)
 
 
 class _Page:
@@ -60,7 +69,8 @@ class _Page:
 
 
 def _family(name: str, samples: list[Metric]) -> Family:
-    about = HELP[name.partition(":")[2]]
+    plain = name.partition(":")[2]
+    about = HELP[_TODAY.get(plain, plain)]
     names = list(samples[0].labels)
     first = samples[0]
     if isinstance(first, Counter):

@@ -313,9 +313,9 @@ async def _chunks(chat: _Chat) -> AsyncGenerator[bytes, None]:
     counter, is_first, last = chat.counter, True, None
     tail = b',"usage":null' if wants_usage else b""
     async with aclosing(chat.generation.stream()) as outputs:
-        async for index, output in outputs:
+        async for output in outputs:
             last = output
-            counter.add(index, output)
+            counter.add(0, output)
             if continuous:
                 tail = b',"usage":' + encode(counter.usage())
             parts = [choices[answer.index].choice(answer) for answer in output.outputs]

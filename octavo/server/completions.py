@@ -346,7 +346,8 @@ async def _chunks(completion: _Completion) -> AsyncGenerator[bytes, None]:
     lasts: dict[int, RequestOutput] = {}
     tail = b',"usage":null' if wants_usage else b""
     async with aclosing(generation.stream()) as outputs:
-        async for index, output in outputs:
+        async for output in outputs:
+            index = generation.index_of(output)
             lasts[index] = output
             counter.add(index, output)
             if completion.only_echo:

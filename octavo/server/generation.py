@@ -27,6 +27,7 @@ from octavo.server.service import Engine, RequestRecord, Service, Ticket
 from octavo.utils.text import shorten
 
 logger = logging.getLogger(__name__)
+Outputs = AsyncGenerator[RequestOutput, None]
 DEFAULT_TENANT = "default"
 CHARS_PER_TOKEN_GUESS = 4
 """To reserve room for a text before it is tokenized."""
@@ -67,7 +68,9 @@ class Generation:
     created_s: int = field(default_factory=lambda: int(time.time()))
     _engine_ids: list[str] = field(default_factory=list[str])
     _ticket: Ticket | None = None
-    _last: dict[int, RequestOutput] = field(default_factory=dict[int, RequestOutput])
+    _index: dict[str, int] = field(default_factory=dict[str, int])
+    """Engine id to the place of its prompt."""
+    _last: dict[str, RequestOutput] = field(default_factory=dict[str, RequestOutput])
     _num_tokens: int = 0
     _reasons: list[str] = field(default_factory=list[str])
     _error: BaseException | None = None
@@ -90,6 +93,7 @@ class Generation:
         self.request_id, self._engine_ids = self.service.open_requests.open(
             self.request_id, self.tenant, len(self.prompts)
         )
+        self._index = {engine_id: index for index, engine_id in enumerate(self._engine_ids)}
         self._is_open = True
 
     def deadline(self) -> Deadline:
@@ -106,32 +110,34 @@ class Generation:
         finished: dict[int, RequestOutput] = {}
         try:
             async with deadline.scope(), aclosing(self.stream()) as outputs:
-                async for index, output in outputs:
-                    finished[index] = output
+                async for output in outputs:
+                    finished[self.index_of(output)] = output
         except TimeoutError:
             raise deadline.error() from None
         finally:
             self.close()
         return [finished[index] for index in range(len(self.prompts))]
 
-    async def stream(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """All outputs as they come, each with the index of its prompt."""
+    def index_of(self, output: RequestOutput) -> int:
+        """Which prompt an output belongs to."""
+        return self._index[output.request_id]
+
+    async def stream(self) -> Outputs:
+        """All outputs as they come; ``index_of`` tells whose each is."""
         if not self._is_open:
             self.admit()
         engine = self.service.need_engine
-        source = self._one(engine, 0) if len(self.prompts) == 1 else self._merged(engine)
-        is_waiting = True
+        source: Outputs = self._one(engine, 0) if len(self.prompts) == 1 else self._merged(engine)
         patience = self._limit_queueing(engine)
         try:
             async with aclosing(source) as outputs:
-                async for index, output in outputs:
-                    if is_waiting:
-                        is_waiting = False
+                async for output in outputs:
+                    if not self._last:
                         self._check_waited(output)
                         if self._ticket is not None:
                             self._ticket.started()
-                    self._note(index, output)
-                    yield index, output
+                    self._note(output)
+                    yield output
         except BaseException as error:
             self._error = error
             raise
@@ -160,22 +166,19 @@ class Generation:
                 "again later, or allow more"
             )
 
-    async def _one(self, engine: Engine, index: int) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        source = engine.generate(
+    def _one(self, engine: Engine, index: int) -> Outputs:
+        return engine.generate(
             self.prompts[index],
             self.params,
             self._engine_ids[index],
             priority=self.priority,
             tenant=self.tenant,
         )
-        async with aclosing(source) as outputs:
-            async for output in outputs:
-                yield index, output
 
-    async def _merged(self, engine: Engine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    async def _merged(self, engine: Engine) -> Outputs:
         """Several prompts at once. The queue holds one output per prompt at most, so that a slow reader's wait at the
         engine, where they are joined."""
-        arrived: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
+        arrived: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
         slots = [asyncio.Semaphore(1) for _ in self.prompts]
 
         async def read(index: int) -> None:
@@ -198,7 +201,7 @@ class Generation:
                 if item is None:
                     num_running -= 1
                     continue
-                slots[item[0]].release()
+                slots[self.index_of(item)].release()
                 yield item
         finally:
             for reader in readers:
@@ -206,8 +209,8 @@ class Generation:
             with suppress(asyncio.CancelledError):
                 await asyncio.gather(*readers, return_exceptions=True)
 
-    def _note(self, index: int, output: RequestOutput) -> None:
-        self._last[index] = output
+    def _note(self, output: RequestOutput) -> None:
+        self._last[output.request_id] = output
         for answer in output.outputs:
             self._num_tokens += len(answer.token_ids)
             if answer.finish_reason is not None:

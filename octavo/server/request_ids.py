@@ -8,6 +8,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from octavo.server.service import ASGIApp
+from octavo.server.sse import DIRECT_SEND
 
 HEADER = b"x-request-id"
 _POSSIBLE = re.compile(rb"[!-~]{1,128}")
@@ -24,6 +25,7 @@ def request_ids(app: ASGIApp) -> ASGIApp:
         given = next((value for name, value in scope["headers"] if name == HEADER), b"")
         request_id = given.decode("ascii") if _POSSIBLE.fullmatch(given) else None
         state = scope.setdefault("state", {})
+        state[DIRECT_SEND] = send
         state["given_request_id"] = request_id
         state["request_id"] = request_id or uuid.uuid4().hex
         has_begun = False

@@ -144,6 +144,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of num_hidden_layers (4)"),
     ({"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers must hold zeros"),
     ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0"),
+    ({"model_type": "paligemma", "text_config": {"model_type": "gemma"}}, "'paligemma' attends to its prompt in both"),
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention is set"),
     ({"partial_rotary_factor": 2}, "partial_rotary_factor is 2"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),

@@ -13,6 +13,7 @@ from octavo.errors import CheckpointError
 from octavo.layers.parameter import Parameter
 from octavo.loader.mapping import Placement, fill
 from octavo.loader.source import RowSlice
+from octavo.loader.text_half import text_half
 from octavo.models.interface import Shard, WeightMap
 
 MAP = WeightMap(
@@ -84,6 +85,25 @@ def test_parts_of_names_are_renamed() -> None:
     items = [(name.replace("o_proj", "dense"), piece) for name, piece in GOOD]
     fill(placement, ListSource(*items), "file")
     assert torch.equal(model.done["model.o_proj.weight"], O)
+
+
+@pytest.mark.parametrize(
+    ("inside", "beside"),
+    [
+        ("model.language_model.", "model.vision_tower.encoder.q_proj.weight"),  # transformers 5
+        ("language_model.model.", "vision_tower.vision_model.q_proj.weight"),  # before
+        ("model.", "visual.blocks.0.attn.qkv.weight"),  # Qwen2-VL as released
+    ],
+)
+def test_language_model_of_a_multimodal_checkpoint(inside: str, beside: str) -> None:
+    """Its own weights are found under each layout of its names, those of pictures are skipped, others are not."""
+    weight_map = text_half(WeightMap(shards=MAP.shards))
+    items = [(name.replace("model.", inside, 1), piece) for name, piece in GOOD]
+    model = Model()
+    fill(Placement(model.slots(), weight_map), ListSource(*items, (beside, torch.ones(5, 5))), "file")
+    assert torch.equal(model.done["model.qkv_proj.weight"], torch.cat((Q, K, V)))
+    with pytest.raises(CheckpointError, match="no such parameter"):
+        fill(Placement(Model().slots(), weight_map), ListSource(*items, ("model.extra.weight", O)), "file")
 
 
 def test_prefixes_are_renamed() -> None:

@@ -144,6 +144,9 @@ def test_the_page_reads_back() -> None:
         assert samples[prefix + "http_requests_total", None, None].value == 4
         label = samples[prefix + "num_requests_running", None, None].labels["model_name"]
         assert label == 'a "quoted"\\ name\n'
+    assert samples["vllm:gpu_cache_usage_perc", None, None].value == 0.5
+    assert samples["vllm:time_per_output_token_seconds_count", None, None].value == 0
+    assert not any(name.startswith("octavo:gpu_") for name, _, _ in samples)
     assert samples["process_resident_memory_bytes", None, None].value > 0
     plain = render(metrics)
     assert b"vllm:" not in plain and b"process_" not in plain

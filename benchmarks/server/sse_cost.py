@@ -1,0 +1,236 @@
+"""What a streamed token costs the HTTP process: from the engine's message to the bytes on their way to the socket.
+
+Everything between the engine's socket and the kernel is real: output processing, detokenizing (with SmolLM2's
+tokenizer), the stream, the route's chunks, the layers of the application. Two ends are replaced: the engine by
+prepared step messages, and the web server's ``send``, so that the figure is ours. ``--uvicorn`` adds the web server
+and its system calls, with readers in a process of their own.
+
+    python benchmarks/server/sse_cost.py                  # 64 streams, 400 tokens each
+    python benchmarks/server/sse_cost.py --streams 1      # one token per step and stream: the dearest case
+    python benchmarks/server/sse_cost.py --profile        # where it goes
+
+CPU time of this process (user and system), so a busy machine changes it little. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import cProfile
+import json
+import multiprocessing
+import pstats
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from octavo.checkpoint.locate import locate_model
+from octavo.config.server import ServerConfig
+from octavo.engine.async_llm import AsyncLLM
+from octavo.engine.frontend import Frontend
+from octavo.engine.wire import Reader
+from octavo.frontend.tokenizer import load_tokenizer
+from octavo.messages import CoreOutput, EngineCoreOutput, EngineCoreOutputs, FinishReason
+from octavo.server.app import build_app
+from octavo.server.service import Service
+from tests.unit.engine.fakes import READY
+
+PROMPT = "Tell me of the sea."
+BODY = {"messages": [{"role": "user", "content": PROMPT}], "stream": True, "temperature": 0, "max_tokens": 100_000}
+
+
+class PreparedEngine:
+    """An ``EngineClient`` that has computed everything beforehand: one message per step for all requests.
+
+    Args:
+        num_streams: Requests to wait for before the first step.
+        token_ids: What every request gets, one per step.
+        vocab_size: Of the tokenizer.
+    """
+
+    def __init__(self, num_streams: int, token_ids: list[int], vocab_size: int) -> None:
+        config = READY.config
+        self.ready = msgspec.structs.replace(
+            READY,
+            config=replace(
+                config,
+                model=replace(config.model, vocab_size=vocab_size),
+                frontend=replace(config.frontend, skip_tokenizer_init=False, sampling_defaults={}),
+            ),
+        )
+        self._num_streams = num_streams
+        self._token_ids = token_ids
+        self._ids: list[str] = []
+        self._reader: Reader[CoreOutput] = Reader(CoreOutput, "the benchmark")
+        self._steps: deque[bytes] = deque()
+        self._filled = threading.Event()
+        self.released = threading.Semaphore(0)
+        """One permit per step that may be delivered."""
+
+    def submit(self, requests: list[Any]) -> None:
+        self._ids += [request.request_id for request in requests]
+        if len(self._ids) == self._num_streams:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        encoder = msgspec.msgpack.Encoder()
+        last = len(self._token_ids) - 1
+        for step, token_id in enumerate(self._token_ids):
+            reason = FinishReason.LENGTH if step == last else None
+            outputs = [EngineCoreOutput(each, [token_id], reason) for each in self._ids]
+            self._steps.append(encoder.encode(EngineCoreOutputs(outputs)))
+        self._filled.set()
+
+    def recv(self, timeout_s: float | None) -> EngineCoreOutputs | None:
+        if not self._filled.wait(timeout_s) or not self._steps:
+            time.sleep(0.05 if self._filled.is_set() else 0)
+            return None
+        if not self.released.acquire(timeout=timeout_s):
+            return None
+        message = self._reader.read(self._steps.popleft())
+        assert isinstance(message, EngineCoreOutputs)
+        return message
+
+    def abort(self, _ids: list[str], *, only_if_waiting: bool = False) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def make_service(num_streams: int, num_tokens: int) -> tuple[Service, PreparedEngine]:
+    path = str(locate_model(None, None, None).path)
+    tokenizer = load_tokenizer(path)
+    text = "The sea is wide and blue, and nobody has counted its waves; but it is said that there are many. " * 100
+    engine = PreparedEngine(num_streams, tokenizer.encode(text)[:num_tokens], len(tokenizer))
+    service = Service(config=ServerConfig())
+    service.engine = AsyncLLM(Frontend(engine, tokenizer))  # pyright: ignore[reportArgumentType]
+    return service, engine
+
+
+async def run_in_process(app: Any, engine: PreparedEngine, num_streams: int, num_tokens: int) -> dict[str, float]:
+    raw = json.dumps(BODY).encode()
+    num_chunks, num_bytes, target = 0, 0, 1 << 62
+    all_have_it = asyncio.Event()
+
+    async def ask() -> None:
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions",
+            "headers": [(b"content-type", b"application/json")], "query_string": b"", "http_version": "1.1",
+            "scheme": "http", "root_path": "", "server": ("x", 80), "client": ("y", 1),
+        }  # fmt: skip
+        messages = [{"type": "http.request", "body": raw, "more_body": False}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await asyncio.Event().wait()
+
+        async def send(message: dict[str, Any]) -> None:
+            nonlocal num_chunks, num_bytes
+            num_chunks += 1
+            num_bytes += len(message.get("body", b""))
+            if num_chunks >= target:
+                all_have_it.set()
+
+        await app(scope, receive, send)
+
+    streams = [asyncio.create_task(ask()) for _ in range(num_streams)]
+    while not engine._filled.is_set():
+        await asyncio.sleep(0.01)
+    begin = time.process_time()
+    for _ in range(num_tokens):
+        # Every stream takes its token before the next step, as with an engine that computes.
+        all_have_it.clear()
+        target = num_chunks + num_streams
+        engine.released.release()
+        await all_have_it.wait()
+    await asyncio.gather(*streams)
+    spent = time.process_time() - begin
+    return {"cpu_s": spent, "chunks": num_chunks, "bytes": num_bytes}
+
+
+def read_streams(port: int, num_streams: int) -> None:
+    """Body of the readers' process."""
+
+    async def read() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        raw = json.dumps(BODY).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(raw)}\r\nConnection: close\r\n\r\n".encode() + raw)
+        while await reader.read(65536):
+            pass
+        writer.close()
+
+    async def run() -> None:
+        await asyncio.gather(*(read() for _ in range(num_streams)))
+
+    asyncio.run(run())
+
+
+async def run_with_uvicorn(app: Any, engine: PreparedEngine, num_streams: int, num_tokens: int) -> dict[str, float]:
+    import uvicorn
+
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    config = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    readers = multiprocessing.get_context("spawn").Process(
+        target=read_streams, args=(listener.getsockname()[1], num_streams)
+    )
+    readers.start()
+    while not engine._filled.is_set():
+        await asyncio.sleep(0.01)
+    begin = time.process_time()
+    for _ in range(num_tokens):
+        engine.released.release()
+        await asyncio.sleep(0.002)
+    while readers.is_alive():
+        await asyncio.sleep(0.005)
+    spent = time.process_time() - begin
+    server.should_exit = True
+    await serving
+    return {"cpu_s": spent}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=400, help="Per stream.")
+    parser.add_argument("--uvicorn", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    asked = parser.parse_args()
+    service, engine = make_service(asked.streams, asked.tokens)
+    run = run_with_uvicorn if asked.uvicorn else run_in_process
+    profiler = cProfile.Profile()
+    try:
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    except ImportError:
+        loop_factory = None
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        if asked.profile:
+            profiler.enable()
+        found = runner.run(run(build_app(service), engine, asked.streams, asked.tokens))
+        profiler.disable()
+    total = asked.streams * asked.tokens
+    found = {"streams": asked.streams, "tokens": total, "us_per_token": 1e6 * found["cpu_s"] / total, **found}
+    print(json.dumps({"sse_cost": found}))
+    if asked.profile:
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+    service.need_engine.shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    service.close()
+
+
+if __name__ == "__main__":
+    main()
