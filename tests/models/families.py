@@ -172,6 +172,13 @@ VARIANTS: dict[str, Variant] = {
     "qwen3-bias": Variant(
         "Qwen3", "Qwen3ForCausalLM", "Qwen3Config", "with biases", "", {"head_dim": 16, "attention_bias": True}
     ),
+    "qwen3-vl-text": Variant(
+        "Qwen3", "Qwen3VLForConditionalGeneration", "Qwen3VLTextConfig", "text half of a multimodal checkpoint",
+        "Qwen3-VL, dense",
+        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2],
+                                             "mrope_interleaved": True}},
+        wrap={"vision_config": {**_TINY_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}},
+    ),
     "olmo2": Variant(
         "OLMo", "Olmo2ForCausalLM", "Olmo2Config", "norms behind each block, norms over all heads", "OLMo 2",
         is_on_gpu=True,
