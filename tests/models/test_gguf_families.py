@@ -48,7 +48,7 @@ IN_GGUF: dict[str, dict[str, Any]] = {
     "qwen3-moe": {}, "olmoe": {},
 }  # fmt: skip
 """Variant to what a GGUF file of its family cannot say otherwise: released models are so."""
-RUN = ("llama-tied", "phi2", "phi3-long", "gemma2", "gemma3", "mixtral", "qwen2-moe", "qwen3-moe")
+RUN = ("llama-tied", "phi3-long", "gemma2", "qwen2-moe")
 NOT_COMPARED = frozenset(
     {"hf", "dtype", "generation_defaults", "bos_token_id", "eos_token_ids", "text_half_of"}
     # Llama and Mistral are one class; whether there are biases is shown by the tensors.
@@ -112,7 +112,7 @@ def _close(found: Any, expected: Any) -> bool:
 @pytest.mark.parametrize("name", RUN)
 def test_gguf_and_its_export_answer_as_the_checkpoint_does(name: str, tmp_path: Path) -> None:
     folder, path = both(name, tmp_path)
-    exported = export_hf(path, tmp_path / "out", "float32") if name in RUN[:3] else None
+    exported = export_hf(path, tmp_path / "out", "float32") if name in RUN[:2] else None
     answers = [_answer(p, VARIANTS[name].max_model_len) for p in (folder, path, exported) if p is not None]
     assert all(answer == answers[0] for answer in answers)
 
