@@ -57,7 +57,7 @@ class EncoderBackend:
         assert step.query_lens == step.seq_lens, "an encoder's texts are computed in one piece"
         lengths = step.query_lens
         if slot_mapping.device.type != "cpu":
-            padded = _pad(step, query_start_loc, seq_lens, self._spec.sliding_window)
+            padded = pad(step, query_start_loc, seq_lens, self._spec.sliding_window)
             return EncoderMetadata(slot_mapping, block_table, lengths, {}, padded)
         window = self._spec.sliding_window
         masks = {n: _window_mask(n, window, slot_mapping.device) for n in set(lengths) if window and n > window}
@@ -104,9 +104,20 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (positions[:, None] - positions).abs() <= window
 
 
-def _pad(
+def pad(
     step: StepShape, query_start_loc: Tensor, seq_lens: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The texts of a step as a rectangle.
+
+    Args:
+        step: B texts, the longest of M tokens.
+        query_start_loc: ``[B + 1]``.
+        seq_lens: ``[B]``.
+        window: Tokens to each side that are seen; None for all.
+
+    Returns:
+        See ``EncoderMetadata.padded``. Nothing waits for the device.
+    """
     device = seq_lens.device
     longest, count = step.max_query_len, step.num_reqs
     offsets = torch.arange(longest, device=device)
