@@ -22,6 +22,9 @@ chat: ## talk to the demo model
 test: ## the whole test suite, without a GPU
 	@$(PYTHON) scripts/setup_env.py dev
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	@# The kernels for GPUs, in Triton's interpreter: a process of its own, because the choice is made at import.
+	if $(BIN)/python -c "import triton" 2>/dev/null; then TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels \
+	    --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS); fi
 
 check: ## formatting, lint, import order, types, spelling
 	@$(PYTHON) scripts/setup_env.py dev
