@@ -34,6 +34,7 @@ from octavo.messages import (
     RequestTimings,
     Resumption,
 )
+from octavo.utils.logging import with_detail
 
 logger = logging.getLogger(__name__)
 FIRST_WAVE = 4
@@ -404,7 +405,8 @@ class ReplayingClient:
                 if self._is_closing:
                     return
                 cause = error if isinstance(error, OctavoError) else EngineDeadError(f"{type(error).__name__}: {error}")
-                logger.error("the engine could not be restarted: %s", cause.message)  # noqa: TRY400 - the text says it
+                first, rest = with_detail(cause.message)
+                logger.error("the engine could not be restarted: %s", first, extra=rest)  # noqa: TRY400 - says it all
                 if self._give_up(cause):
                     return
                 with self._changed:

@@ -35,6 +35,7 @@ from octavo.outputs import RequestOutput
 from octavo.pooling_outputs import PoolingRequestOutput
 from octavo.pooling_params import PoolingParams
 from octavo.sampling_params import SamplingParams
+from octavo.utils.logging import with_detail
 
 logger = logging.getLogger(__name__)
 
@@ -345,7 +346,8 @@ class EngineSupervisor:
         self.events.last_death = reason or cause
         self.events.num_replayed += num_open
         self._phase = "starting the engine process"
-        logger.error("the engine has ended with %d requests open: %s", num_open, self.events.last_death)
+        first, rest = with_detail(self.events.last_death)
+        logger.error("the engine has ended with %d requests open: %s", num_open, first, extra=rest)
 
     def engine_restarted(self, ready: EngineReady, gap_s: float, num_open: int) -> None:
         """See ``DeathListener``."""
@@ -405,7 +407,8 @@ class EngineSupervisor:
 
     def _fail(self, error: OctavoError) -> None:
         if "\n" in error.message:
-            logger.error("%s", error.message)  # with its stack; whoever tells it to people cuts that off
+            first, rest = with_detail(error.message)  # with its stack; whoever tells it to people cuts that off
+            logger.error("%s", first, extra=rest)
         self._failure = error
         if self._options.on_failed is not None:
             self._options.on_failed(error)

@@ -5,8 +5,8 @@ nothing is configured: Python shows warnings and errors by itself, and the progr
 Modules use ``logging.getLogger(__name__)``.
 
 Much of what is logged has come over the network. Control characters in it are shown as escapes, so that no client can
-write a line of its own into the log or drive a terminal. Each record is one line, but for tracebacks in the text format:
-their lines begin with a bar.
+write a line of its own into the log or drive a terminal. Each record is one line, but for tracebacks and details in the
+text format: their lines begin with a bar.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import IO, Any
 
 ROOT = "octavo"
 FORMATS = ("text", "json")
+DETAIL = "detail"
+"""Name of a record's further lines."""
 _COLOURS = {logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m", logging.CRITICAL: "\x1b[31m"}
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -31,6 +33,13 @@ _BUILT_IN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 def escape_controls(text: str) -> str:
     """``text`` with control characters as escapes, on one line."""
     return _CONTROL.sub(_escape, text)
+
+
+def with_detail(text: str) -> tuple[str, dict[str, str]]:
+    """The first line of a text of ours, and the rest as ``extra`` of the same record: a cause with its stack stays
+    readable, ``logger.error("%s", first, extra=rest)``."""
+    first, _, rest = text.partition("\n")
+    return first, {DETAIL: rest} if rest else {}
 
 
 def _escape(found: re.Match[str]) -> str:
@@ -56,10 +65,11 @@ class LogFormatter(logging.Formatter):
             shade = _COLOURS.get(record.levelno)
             stamp = f"{_DIM}{stamp}{_RESET}"
             text = f"{shade}{text}{_RESET}" if shade else text
+        more = str(getattr(record, DETAIL, ""))
         if record.exc_info:
-            lines = self.formatException(record.exc_info).split("\n")
-            text = "\n".join([text, *(f"  | {escape_controls(line)}" for line in lines)])
-        return f"{stamp} {text}"
+            more = f"{more}\n{self.formatException(record.exc_info)}"
+        lines = [f"  | {escape_controls(line)}" for line in more.split("\n") if line]
+        return "\n".join([f"{stamp} {text}", *lines])
 
 
 class JsonFormatter(logging.Formatter):

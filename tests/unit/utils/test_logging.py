@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from octavo.utils.logging import ROOT, configure_logging, configured_format
+from octavo.utils.logging import ROOT, configure_logging, configured_format, with_detail
 
 
 class Terminal(io.StringIO):
@@ -99,6 +99,19 @@ def test_lines_of_a_traceback_cannot_pass_for_records() -> None:
     first, *rest = stream.getvalue().splitlines()
     assert first.endswith("ERROR: failed")
     assert rest and all(line.startswith("  | ") for line in rest)
+
+
+def test_a_cause_keeps_its_stack() -> None:
+    stream = io.StringIO()
+    first, rest = with_detail("it ended: no memory\nTraceback\n  File x\x1b[2J")
+    for log_format in ("text", "json"):
+        configure_logging("info", stream, log_format)
+        logging.getLogger("octavo.x").error("%s", first, extra=rest)
+    head, second, third, as_json = stream.getvalue().splitlines()
+    assert head.endswith("ERROR: it ended: no memory")
+    assert (second, third) == ("  | Traceback", r"  |   File x\x1b[2J")
+    assert json.loads(as_json)["detail"] == "Traceback\n  File x\x1b[2J"
+    assert with_detail("one line") == ("one line", {})
 
 
 def test_json_lines() -> None:
