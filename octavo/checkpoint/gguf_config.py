@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +18,9 @@ from octavo.checkpoint.gguf_file import GGUFFile, GGUFTensor
 from octavo.checkpoint.rope import scaling_from_factors
 from octavo.errors import CheckpointError
 
+STORED_AS = "gguf_stored_as"
+"""Key of the result that Hugging Face does not know: the type of most of the weights, if they are packed."""
+_FLOATS = frozenset({"F32", "F16", "BF16"})
 _CONTROL = 3
 _END_OF_TURN = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"})
 """Control tokens that end a turn whatever the file calls its eos: many files name only one of several."""
@@ -99,6 +103,9 @@ def _common(header: _Reader, family: _Family) -> dict[str, Any]:
     window = header.get("attention.sliding_window")
     if window:
         config["sliding_window"] = window
+    stored_as = _stored_as(gguf)
+    if stored_as is not None:
+        config[STORED_AS] = stored_as
     if header.get("pooling_type") is not None:
         config["gguf_pooling_type"] = header.get("pooling_type")
     return config
@@ -162,6 +169,15 @@ def _dtype(gguf: GGUFFile) -> str:
     if kinds == {"F32"}:
         return "float32"
     return "float16" if "F16" in kinds and kinds <= {"F16", "F32"} else "bfloat16"
+
+
+def _stored_as(gguf: GGUFFile) -> str | None:
+    """The type in which most weights are packed; None where most are floats."""
+    sizes = Counter[str]()
+    for tensor in gguf.tensors.values():
+        sizes[tensor.quant_type] += math.prod(tensor.shape)
+    kind = max(sizes, key=lambda name: sizes[name], default="F32")
+    return None if kind in _FLOATS else kind
 
 
 def _factors(header: _Reader, tensor: GGUFTensor, rotary_dim: int) -> list[float]:

@@ -34,6 +34,11 @@ VARIABLES: Mapping[str, Setting] = {
     ),
 }
 """Each is read as ``OCTAVO_<name>``, else as ``VLLM_<name>``."""
+ELSEWHERE = {
+    "NATIVE_KERNELS": "kernels/native/build.py: 0 uses no compiled CPU kernels",
+    "KERNELS_PDL": "kernels/gpu/launch.py: 0 launches no GPU kernel before the one ahead of it has ended",
+}
+"""Switches that only we have, to find faults, as ``OCTAVO_<name>``; and who reads them."""
 SECRET = ("API_KEY", "ADMIN_API_KEY")
 """Their values are never shown, and processes that need none do not get them."""
 
@@ -107,8 +112,11 @@ def _unknown(environ: Mapping[str, str]) -> list[str]:
     strangers = sorted(name for name in environ if name.startswith("VLLM_") and name[5:] not in VARIABLES)
     if strangers:
         lines.append(f"Set but without effect in Octavo: {', '.join(strangers)}.")
-    for name in sorted(name for name in environ if name.startswith("OCTAVO_") and name[7:] not in VARIABLES):
-        lines.append(f"Unknown environment variable {name}.{did_you_mean(name[7:], VARIABLES, 'OCTAVO_')}")
+    for name in sorted(
+        name for name in environ if name.startswith("OCTAVO_") and name[7:] not in (*VARIABLES, *ELSEWHERE)
+    ):
+        known = (*VARIABLES, *ELSEWHERE)
+        lines.append(f"Unknown environment variable {name}.{did_you_mean(name[7:], known, 'OCTAVO_')}")
     return lines
 
 

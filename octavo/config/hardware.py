@@ -22,3 +22,5 @@ class Hardware:
     """In hardware: worth computing in."""
     features: tuple[str, ...] = ()
     """Instruction sets or compute capability: ``avx512_vnni``, ``sm_90``, ..."""
+    compiles_kernels: bool = False
+    """A C compiler is there and may be used: a CPU has more than torch's operators."""

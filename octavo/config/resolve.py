@@ -41,6 +41,8 @@ LARGE_GPU_BYTES = 70 * GIB
 DEFAULT_MAX_QUEUED_REQS = 4096
 DEFAULT_MAX_QUEUED_TOKENS = 64 * 2**20
 FAST_BFLOAT16 = "amx_bf16"
+FAST_INT8 = frozenset({"avx2", "avx512"})
+"""Where the compiled int8 product has been measured against float32: two to four times as fast (docs/log.md)."""
 DTYPE_SPELLINGS = {"half": "float16", "float": "float32"}
 SAMPLING_DEFAULTS: Mapping[str, Setting] = {
     "temperature": Setting("number", "", "", low=0),
@@ -124,7 +126,8 @@ def resolve(
     pooling = resolve_pooling(args, stored, model.architecture, notes)
     if pooling is not None and pooling.is_encoder:
         args = in_one_piece(args, notes)
-    device = _device(args, model, hardware, notes)
+    is_packed = pooling is None and located.format == "gguf" and "gguf_stored_as" in model.hf
+    device = _device(args, model, hardware, is_packed, notes)
     max_model_len = _max_model_len(args, model, stored, notes)
     scheduler = _scheduler(args, hardware, max_model_len, notes)
     config = EngineConfig(
@@ -199,7 +202,9 @@ def _free_blocks(config: EngineConfig, spec: KVGeometry) -> KVCacheSize:
 # --------------------------------------------------------------------------------------------------- before loading
 
 
-def _device(args: EngineArgs, model: ModelConfig, hardware: Hardware, notes: list[Decision]) -> DeviceConfig:
+def _device(
+    args: EngineArgs, model: ModelConfig, hardware: Hardware, is_packed: bool, notes: list[Decision]
+) -> DeviceConfig:
     is_cpu = hardware.device_type == "cpu"
     if args.device not in ("auto", hardware.device_type):
         raise ConfigError(f"device is {args.device}, but the device found is {hardware.device_type}", param="device")
@@ -214,11 +219,14 @@ def _device(args: EngineArgs, model: ModelConfig, hardware: Hardware, notes: lis
         depth = 1 if is_cpu else 2
         reason = "the CPU that plans also computes" if is_cpu else "planning overlaps with the device"
         notes.append(Decision("async_scheduling", "off" if depth == 1 else "on", reason))
+    dtype = _dtype(args, model, hardware, notes)
+    is_native = is_cpu and hardware.compiles_kernels and not FAST_INT8.isdisjoint(hardware.features)
+    prefers_int8 = is_packed and is_native and args.dtype == "auto" and dtype == "float32" and model.moe is None
     return DeviceConfig(
         device_type=hardware.device_type,
-        dtype=_dtype(args, model, hardware, notes),
+        dtype=dtype,
         attention_backend=args.attention_backend,
-        quantization=_quantization(args, model, notes),
+        quantization=_quantization(args, model, prefers_int8, notes),
         num_threads=num_threads,
         enforce_eager=args.enforce_eager,
         depth=depth,
@@ -252,7 +260,7 @@ def _dtype(args: EngineArgs, model: ModelConfig, hardware: Hardware, notes: list
     return dtype
 
 
-def _quantization(args: EngineArgs, model: ModelConfig, notes: list[Decision]) -> str:
+def _quantization(args: EngineArgs, model: ModelConfig, prefers_int8: bool, notes: list[Decision]) -> str:
     in_checkpoint = None
     if model.quantization is not None:
         in_checkpoint = str(model.quantization.get("quant_method", "unknown")).lower()
@@ -269,6 +277,11 @@ def _quantization(args: EngineArgs, model: ModelConfig, notes: list[Decision]) -
     if in_checkpoint is not None:
         notes.append(Decision("quantization", in_checkpoint, "the checkpoint's"))
         return in_checkpoint
+    if prefers_int8:
+        stored = model.hf["gguf_stored_as"]
+        reason = f"most weights of the file are {stored} already; --quantization none or --dtype float32 for float32"
+        notes.append(Decision("quantization", "int8", reason))
+        return "int8"
     notes.append(Decision("quantization", "none", "the checkpoint has plain weights"))
     return "none"
 

@@ -7,6 +7,7 @@ are ``config/resolve.py``'s, memory is the worker's to count, names are the regi
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from octavo.checkpoint.pooling_reader import read_pooling
 from octavo.config.args import EngineArgs
 from octavo.config.engine import Decision, EngineConfig
 from octavo.config.resolve import KVCacheSize, resolve, size_kv_cache
+from octavo.device.openmp import limit_spinning
 from octavo.device.registry import find_device_type, probe_hardware
 from octavo.engine.core import EngineCore
 from octavo.executor.executor import Executor, MemoryReport
@@ -79,6 +81,8 @@ def build(args: EngineArgs, emit: Callable[[int, CoreOutput], None]) -> tuple[En
     for decision in decisions:
         logger.info("%s = %s (%s)", decision.field, decision.value, decision.reason)
     emit(0, EngineStarting(config, decisions))
+    if config.device.device_type == "cpu":
+        limit_spinning(os.environ)
     with phases.phase("import"):
         executor = make_executor(config)
     try:

@@ -8,15 +8,17 @@ Paper: Dettmers et al., "LLM.int8()", 2022 (row and column scales).
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from octavo.kernels.native import NativeKernels, native_kernels
+from octavo.kernels.native import NativeKernels, native_kernels, native_status
 from octavo.kernels.transient import transient
 from octavo.quantization.method import LinearShape
 
+logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 1024
 
 
@@ -28,6 +30,8 @@ class Int8:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         self._native: NativeKernels | None = native_kernels()
+        if self._native is None:
+            logger.warning("int8 without compiled kernels rounds activations to 8 bits as well: %s", native_status())
 
     def create_weights(self, shape: LinearShape) -> dict[str, Tensor]:
         """See QuantizationMethod."""

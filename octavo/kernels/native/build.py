@@ -13,11 +13,12 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from octavo.device.hardware import find_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
     """
     if os.environ.get("OCTAVO_NATIVE_KERNELS", "1") == "0":
         return None, "OCTAVO_NATIVE_KERNELS=0 turns compiled kernels off"
-    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    compiler = find_compiler()
     if compiler is None:
         return None, "there is no C compiler (cc, gcc or clang) on the PATH"
     texts = [path.read_text() for path in (*_SOURCES, *_HEADERS)]

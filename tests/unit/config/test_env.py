@@ -45,6 +45,7 @@ def test_long_contexts_may_be_allowed_by_variable() -> None:
 def test_variables_that_nothing_reads_are_named() -> None:
     notes = read_environment({"VLLM_USE_V1": "1", "VLLM_FOO": "", "OCTAVO_LOGGING_LEVELS": "info"}).notes
     assert notes[0] == "Set but without effect in Octavo: VLLM_FOO, VLLM_USE_V1."
+    assert not read_environment({"OCTAVO_NATIVE_KERNELS": "0", "OCTAVO_KERNELS_PDL": "0"}).notes, "read elsewhere"
     assert notes[1] == "Unknown environment variable OCTAVO_LOGGING_LEVELS. Did you mean OCTAVO_LOGGING_LEVEL?"
 
 

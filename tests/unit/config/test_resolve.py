@@ -46,7 +46,9 @@ def test_every_auto_becomes_a_value_with_a_reason(located: Any) -> None:
                   "max_num_batched_tokens", "load_format", "quantization", "async_scheduling", "device"):  # fmt: skip
         assert decided[field], field
     # What exists of these is known to the device half only; its registries choose, with reasons of their own.
-    shown = str(dataclasses.asdict(config)).replace("'attention_backend': 'auto'", "").replace("'model_impl': 'auto'", "")
+    shown = (
+        str(dataclasses.asdict(config)).replace("'attention_backend': 'auto'", "").replace("'model_impl': 'auto'", "")
+    )
     assert "auto" not in shown
 
 
@@ -145,6 +147,24 @@ def test_quantization_of_the_checkpoint_is_kept_and_not_contradicted(located: An
     assert settle(located, quantization="int8").device.quantization == "int8"
     with pytest.raises(ConfigError, match="stored as awq"):
         settle(located, model, quantization="fp8")
+
+
+def test_packed_gguf_weights_become_int8_where_that_is_fast(located: Any) -> None:
+    located.format = "gguf"
+    model = make_model(hf={"gguf_stored_as": "Q4_1"})
+    fast = make_hardware(features=("avx2",), compiles_kernels=True)
+    config, notes = resolve(EngineArgs(), located, model, fast)
+    assert (config.device.quantization, config.device.dtype) == ("int8", "float32")
+    assert "Q4_1" in reasons(notes)["quantization"]
+    assert "--quantization none" in reasons(notes)["quantization"]
+    # Who asks for float32 gets the stored values.
+    for asked in ({"dtype": "float32"}, {"quantization": "none"}):
+        assert settle(located, model, fast, **asked).device.quantization == "none"
+    assert settle(located, model, make_hardware(compiles_kernels=True)).device.quantization == "none"
+    assert settle(located, model, make_hardware(features=("avx2",))).device.quantization == "none"
+    assert settle(located, make_model(), fast).device.quantization == "none"
+    located.format = "safetensors"
+    assert settle(located, model, fast).device.quantization == "none"
 
 
 def test_sampling_defaults_come_from_the_model_and_the_override(located: Any) -> None:
