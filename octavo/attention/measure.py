@@ -104,13 +104,14 @@ def _time(backend: AttentionBackend, spec: AttentionSpec, case: Case, device: to
     k, v = (q[:, : spec.num_kv_heads].contiguous() for _ in range(2))
     out = torch.empty_like(q)
     meta = _plan(backend, spec, case, table)
+    sinks = {"sinks": torch.zeros(spec.num_heads, device=device)} if spec.has_sinks else {}
 
     def layers() -> None:
         for cache in caches:
-            backend.attend(q, k, v, cache, meta, out)
+            backend.attend(q, k, v, cache, meta, out, **sinks)
 
     with torch.inference_mode():
-        backend.attend(q, k, v, caches[0], meta, out)
+        backend.attend(q, k, v, caches[0], meta, out, **sinks)
         if device.type == "cpu":
             return _host_seconds(layers) / num_layers
         call = _recorded(layers) if case.queries == 1 and is_capturable(backend) else layers

@@ -25,6 +25,7 @@ from octavo.checkpoint.values import Fields
 from octavo.config.model import ModelConfig
 from octavo.errors import CheckpointError, ConfigError, ModelNotFoundError
 
+_HAS_SINKS = frozenset({"gpt_oss"})
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 _DTYPES = ("float32", "float16", "bfloat16")
 _GENERATION_FIELDS = ("temperature", "top_p", "min_p", "repetition_penalty")
@@ -119,6 +120,7 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
             layer_ropes=read_layer_ropes(f, rope, local, windows, num_layers),
             attention_scale=_attention_scale(f),
             attention_softcap=_optional_positive(f, "attn_logit_softcapping"),
+            has_sinks=model_type in _HAS_SINKS,
             logit_softcap=_optional_positive(f, "final_logit_softcapping"),
             embedding_scale=f.number("embedding_multiplier", 1.0, low=0.0),
             residual_scale=f.number("residual_multiplier", 1.0, low=0.0),

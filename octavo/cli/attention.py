@@ -61,6 +61,7 @@ def make_parser() -> FlagParser:
         group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"Default: {default}.")
     group.add_argument("--sliding-window", type=int, metavar="N", help="Tokens that a query sees.")
     group.add_argument("--logit-softcap", type=float, metavar="X", help="Bound of the scores.")
+    group.add_argument("--sinks", action="store_true", help="Every head has a learned score without a value.")
     group = parser.add_argument_group("Engine")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Default: auto.")
     group.add_argument("--dtype", choices=DTYPES, help="Default: bfloat16 on a GPU, float32 on a CPU.")
@@ -80,18 +81,20 @@ def spec_fields(namespace: argparse.Namespace, device: str, window: int | None) 
         ConfigError: A number is impossible.
     """
     heads, kv_heads, size = namespace.num_heads, namespace.num_kv_heads, namespace.head_dim
+    softcap, has_sinks = namespace.logit_softcap, namespace.sinks
     if namespace.model is not None:
         config = read_model_config(locate_model(namespace.model))
         heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+        softcap, has_sinks = config.attention_softcap, config.has_sinks
     dtype = namespace.dtype or ("bfloat16" if device == "cuda" else "float32")
     fields = {
         "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": size,
         "block_size": namespace.block_size or (64 if device == "cuda" else 16), "dtype": dtype,
         "kv_dtype": namespace.kv_cache_dtype or dtype, "sliding_window": window,
-        "logit_softcap": namespace.logit_softcap,
+        "logit_softcap": softcap, "has_sinks": has_sinks,
     }  # fmt: skip
     for name, value in fields.items():
-        if isinstance(value, int | float) and value <= 0:
+        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
             raise ConfigError(f"{name} is {value}, but must be above 0", param=name)
     return fields
 
@@ -135,6 +138,7 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     width = max(map(len, backends))
     window = f", window {spec['sliding_window']}" if spec["sliding_window"] else ""
     cap = f", softcap {spec['logit_softcap']}" if spec["logit_softcap"] else ""
+    cap += ", sinks" if spec["has_sinks"] else ""
     lines = [
         f"{spec['num_heads']} query heads, {spec['num_kv_heads']} KV heads of {spec['head_dim']}, {spec['dtype']}, "
         f"cache {spec['kv_dtype']} in blocks of {spec['block_size']}{window}{cap}, on {report['device']}",

@@ -55,6 +55,8 @@ class ModelConfig:
     """Multiplies q·k; None = ``head_dim ** -0.5``."""
     attention_softcap: float | None = None
     """Scores become ``cap * tanh(score / cap)``."""
+    has_sinks: bool = False
+    """Every head has one more score in its softmax, learned, without a value."""
     logit_softcap: float | None = None
     """The same for the output."""
     embedding_scale: float = 1.0

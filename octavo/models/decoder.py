@@ -92,8 +92,6 @@ class DecoderOptions:
     """RMSNorm over each query and key head before the rotation."""
     has_wide_qk_norm: bool = False
     """RMSNorm over all query heads together, and over all key heads, before the rotation."""
-    has_sinks: bool = False
-    """Every head has a learned score without a value in its softmax."""
     make_mlp: Callable[[ModelConfig, DecoderOptions, LayerContext, int], FeedForward] | None = None
     """Feed-forward of a layer, by its index; None: ``GatedMLP`` everywhere."""
     mlp_name: str = "mlp"
@@ -136,9 +134,9 @@ class SelfAttention(Layer):
             scale=config.attention_scale,
             sliding_window=config.windows[index],
             logit_softcap=config.attention_softcap,
-            has_sinks=options.has_sinks,
+            has_sinks=config.has_sinks,
         )
-        if options.has_sinks:
+        if config.has_sinks:
             self.sinks = Parameter(
                 (heads,),
                 lambda: torch.empty(heads, dtype=torch.float32, device=context.device),

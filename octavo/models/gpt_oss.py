@@ -13,7 +13,7 @@ from octavo.models.mixture import make_mixture
 
 
 class GptOssForCausalLM(DecoderForCausalLM):
-    """Windows are in ``layer_types``; the router has a bias, and so have the experts."""
+    """Windows, sinks and the biases of router and experts are in the config."""
 
     weight_map = WeightMap(
         shards=DECODER_WEIGHTS.shards,
@@ -41,6 +41,5 @@ class GptOssForCausalLM(DecoderForCausalLM):
         return DecoderOptions(
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
-            has_sinks=True,
             make_mlp=make_mixture,
         )

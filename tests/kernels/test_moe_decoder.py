@@ -54,7 +54,7 @@ CONFIGS = {
         MoeConfig(
             4, 2, 48, (True, True), is_normalised=True, has_router_bias=True, has_expert_bias=True, swiglu=(1.702, 1.0)
         ),
-        layer_windows=(4, None), attention_bias=True,
+        layer_windows=(4, None), attention_bias=True, has_sinks=True,
     ),
     "deepseek-v3": make_config(
         "DeepseekV3ForCausalLM",

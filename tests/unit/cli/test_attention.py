@@ -77,3 +77,10 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(ConfigError, match="sees no CUDA device"):
             main(["--device", "cuda", "--bench"])
     assert main([*SMALL, "--sliding-window", "9", "--logit-softcap", "2.0", "--json"]) == 0
+
+
+def test_sinks_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--sinks", "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert report["spec"]["has_sinks"]
+    assert "no attention sinks" in report["backends"]["FLEX_ATTENTION"]
