@@ -1,4 +1,8 @@
-"""The embedded model against transformers: the same greedy tokens from the same float32 weights."""
+"""The embedded model against transformers: the same greedy tokens and perplexity from the same float32 weights, which
+are read from GGUF, and from safetensors.
+
+``python -m benchmarks.perplexity --against transformers`` reads more text.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks.perplexity import cut, octavo_perplexity, reference_text, transformers_perplexity
 from octavo import LLM, RequestOutput, SamplingParams
+from octavo.checkpoint.config_reader import read_model_config
+from octavo.checkpoint.locate import locate_model
+from octavo.checkpoint.tokenizer_data import load_tokenizer_data
+from tests.tokenization.texts import sample_texts
 
 NUM_TOKENS = 64
+TWO_PROMPTS = ["def fibonacci(n):\n", "Es war einmal ein König, der"]
 TIE = 1e-4
 """Logits that lie closer are equal: sums of another order differ by up to 7e-5 here."""
 LENGTHS = [5, 6, 8, 12, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 100, 200, 333, 512, 900, 1500]
@@ -87,6 +97,32 @@ def test_greedy_tokens_are_those_of_transformers(
             entry = (answer.logprobs or [])[position]
             assert entry is not None
             assert entry[token_id].logprob == pytest.approx(logprobs[position, token_id].item(), abs=1e-3)
+
+
+def test_the_export_has_the_same_config_and_tokens(smollm2_gguf: Path, smollm2_folder: Path) -> None:
+    found, expected = (read_model_config(locate_model(str(path))) for path in (smollm2_folder, smollm2_gguf))
+    for name in ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "rope", "rms_norm_eps", "eos_token_ids"):
+        assert getattr(found, name) == getattr(expected, name), name
+    ours, theirs = (load_tokenizer_data(path).tokenizer for path in (smollm2_folder, smollm2_gguf))
+    for text in sample_texts()[::4]:
+        assert ours.encode(text).ids == theirs.encode(text).ids
+
+
+@pytest.mark.slow
+def test_safetensors_gguf_and_transformers_agree(reference: Any, llm: LLM, smollm2_folder: Path) -> None:
+    """The same answers from both files, and transformers' perplexity on a text within 0.1 %."""
+    token_ids = llm.get_tokenizer().encode(reference_text()[:12_000], add_special_tokens=False)
+    windows = cut(token_ids, 256, 2)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=0)
+    answers = llm.generate(TWO_PROMPTS, params)
+    expected = transformers_perplexity(reference, windows)
+    assert 5 < expected < 60
+    assert octavo_perplexity(llm, windows) == pytest.approx(expected, rel=1e-3)
+    with LLM(str(smollm2_folder), dtype="float32", num_threads=1, kv_cache_memory_bytes="1G") as other:
+        assert octavo_perplexity(other, windows) == pytest.approx(expected, rel=1e-3)
+        for ours, theirs in zip(other.generate(TWO_PROMPTS, params), answers, strict=True):
+            assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+            assert ours.outputs[0].cumulative_logprob == pytest.approx(theirs.outputs[0].cumulative_logprob, abs=1e-3)
 
 
 @pytest.mark.slow
