@@ -80,8 +80,8 @@ class EncoderBackend:
         for length in meta.lengths:
             end = start + length
             mask = meta.masks.get(length)
-            heads = (each[start:end].transpose(0, 1).unsqueeze(0) for each in (q, k, v))
-            out[start:end] = self._sdpa(*heads, mask)[0].transpose(0, 1)
+            one, keys, values = (each[start:end].transpose(0, 1).unsqueeze(0) for each in (q, k, v))
+            out[start:end] = self._sdpa(one, keys, values, mask)[0].transpose(0, 1)
             start = end
         out[start:].zero_()
 
@@ -89,8 +89,8 @@ class EncoderBackend:
         self, q: Tensor, k: Tensor, v: Tensor, padded: tuple[Tensor, Tensor, Tensor], out: Tensor
     ) -> None:
         places, mask, token_place = padded
-        heads = (each[places].transpose(1, 2) for each in (q, k, v))  # [B, H, M, D]
-        result = self._sdpa(*heads, mask).transpose(1, 2).flatten(0, 1)
+        queries, keys, values = (each[places].transpose(1, 2) for each in (q, k, v))  # [B, H, M, D]
+        result = self._sdpa(queries, keys, values, mask).transpose(1, 2).flatten(0, 1)
         torch.index_select(result, 0, token_place, out=out)
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -249,12 +249,17 @@ async def _gather(calls: list[Any]) -> list[PoolingRequestOutput]:
 
 
 def _salted(prompt: Any, salt: str | None) -> Any:
+    """A prompt with the salt of its request; those of pairs are mappings already."""
     if salt is None:
         return prompt
     fields: dict[str, Any] = {"cache_salt": salt}
     if isinstance(prompt, str):
-        return {"prompt": prompt, **fields}
-    return {**prompt, **fields} if isinstance(prompt, dict) else {"prompt_token_ids": prompt, **fields}
+        fields["prompt"] = prompt
+    elif isinstance(prompt, dict):
+        fields.update(cast("dict[str, Any]", prompt))
+    else:
+        fields["prompt_token_ids"] = prompt
+    return fields
 
 
 def _num_tokens_guess(prompt: Any) -> int:
