@@ -45,7 +45,8 @@ class _Stream:
         self._is_delta = is_delta
         self._pending: AnyOutput | None = None
         self._error: BaseException | None = None
-        self._arrived = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        """Of the reader, while it waits. A bare future: one wake-up per token is worth it."""
 
     def put(self, item: AnyOutput | BaseException) -> None:
         if isinstance(item, BaseException):
@@ -55,14 +56,16 @@ class _Stream:
         else:
             assert isinstance(self._pending, RequestOutput) and isinstance(item, RequestOutput), "one answer per text"
             self._pending.add(item, delta=self._is_delta)  # the reader fell behind
-        self._arrived.set()
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     async def get(self) -> AnyOutput:
         while self._pending is None:
             if self._error is not None:
                 raise self._error
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._waiter = self.loop.create_future()
+            await self._waiter
         output, self._pending = self._pending, None
         return output
 

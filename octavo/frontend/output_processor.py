@@ -158,19 +158,21 @@ class _Answer:
 
     def completion(self, *, delta: bool) -> CompletionOutput:
         """What to show now: all, or what is new."""
-        detokenizer = self.detokenizer
+        detokenizer, logprobs, reason = self.detokenizer, self._logprobs, self.finish_reason
         start = self._num_given if delta else 0
+        token_ids = detokenizer.token_ids
+        # By position: this is made for every token of every stream.
         output = CompletionOutput(
-            index=self.index,
-            text=detokenizer.take_delta() if delta else detokenizer.text(),
-            token_ids=detokenizer.token_ids[start:],
-            cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
-            logprobs=None if self._logprobs is None else self._logprobs.since(start),
-            finish_reason=None if self.finish_reason is None else self.finish_reason.value,
-            stop_reason=self.stop_reason,
-            error=self.error,
+            self.index,
+            detokenizer.take_delta() if delta else detokenizer.text(),
+            token_ids[start:],
+            None if logprobs is None else self._cumulative_logprob,
+            None if logprobs is None else logprobs.since(start),
+            None if reason is None else reason.value,
+            self.stop_reason,
+            self.error,
         )
-        self._num_given = len(detokenizer.token_ids)
+        self._num_given = len(token_ids)
         self.is_new = False
         return output
 
@@ -196,7 +198,8 @@ class _Request:
     def note(self, answer: _Answer, output: EngineCoreOutput, now: _Now, observer: RequestObserver | None) -> None:
         """Take in what belongs to the request as a whole; before ``answer.apply``."""
         if answer.index == 0:
-            self.num_cached_tokens = max(self.num_cached_tokens or 0, output.num_cached_tokens)
+            if self.num_cached_tokens is None or output.num_cached_tokens > self.num_cached_tokens:
+                self.num_cached_tokens = output.num_cached_tokens
             if output.prompt_logprobs is not None and self._prompt_logprobs is not None:
                 columns = output.prompt_logprobs
                 self._prompt_logprobs.extend(columns, len(columns.token_ids), 0)
@@ -218,21 +221,23 @@ class _Request:
         kind = self.params.output_kind
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
+        delta = kind is RequestOutputKind.DELTA
         fresh = [answer for answer in self.answers if answer.is_new]
         if not fresh:
             return None
         if finished:
             self._settle_stats()
-        delta = kind is RequestOutputKind.DELTA
+        processed = self.processed
         return RequestOutput(
-            request_id=self.processed.request_id,
-            prompt=self.processed.prompt,
-            prompt_token_ids=self.processed.prompt_token_ids,
-            prompt_logprobs=None if self._prompt_logprobs is None else self._show_prompt_logprobs(delta),
-            outputs=[answer.completion(delta=delta) for answer in (fresh if delta else self.answers)],
-            finished=finished,
-            metrics=self.stats,
-            num_cached_tokens=self.num_cached_tokens,
+            processed.request_id,
+            processed.prompt,
+            processed.prompt_token_ids,
+            None if self._prompt_logprobs is None else self._show_prompt_logprobs(delta),
+            [answer.completion(delta=delta) for answer in (fresh if delta else self.answers)],
+            finished,
+            self.stats,
+            None,
+            self.num_cached_tokens,
         )
 
     def _show_prompt_logprobs(self, delta: bool) -> PromptLogprobs | None:

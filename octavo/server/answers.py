@@ -9,8 +9,9 @@ from typing import Any
 
 from starlette.responses import Response
 
-from octavo.errors import OctavoError
+from octavo.errors import InvalidRequestError, OctavoError
 from octavo.outputs import CompletionOutput, RequestOutput
+from octavo.sampling_params import SamplingParams
 from octavo.server.generation import Generation
 from octavo.server.sse import encode
 
@@ -50,25 +51,31 @@ def json_answer(content: dict[str, Any]) -> Response:
     return Response(encode(content), media_type="application/json")
 
 
-def check_outputs(outputs: Sequence[RequestOutput]) -> None:
+def check_outputs(outputs: Sequence[RequestOutput], params: SamplingParams) -> None:
     """Whether the engine could finish them all.
 
     Raises:
-        AnswerFailedError: It could not.
+        AnswerFailedError, InvalidRequestError: See ``check_answer``.
     """
     for output in outputs:
         for answer in output.outputs:
-            check_answer(answer)
+            check_answer(answer, params)
 
 
-def check_answer(answer: CompletionOutput) -> None:
+def check_answer(answer: CompletionOutput, params: SamplingParams) -> None:
     """Whether the engine could go on with it.
 
     Raises:
         AnswerFailedError: It could not.
+        InvalidRequestError: It could not, and the request has restrictions that may leave no token to choose.
     """
-    if answer.finish_reason == "error":
-        raise AnswerFailedError(answer.error or "the engine could not finish the answer")
+    if answer.finish_reason != "error":
+        return
+    message = answer.error or "the engine could not finish the answer"
+    for name in ("allowed_token_ids", "bad_words", "logit_bias", "min_tokens"):
+        if getattr(params, name):
+            raise InvalidRequestError(message, param=name)
+    raise AnswerFailedError(message)
 
 
 def log_answer(generation: Generation, texts: Sequence[str]) -> None:

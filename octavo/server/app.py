@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import OctavoError
-from octavo.server import chat, completions, embeddings, health, metrics, models, requests, timeline, tokenize
+from octavo.server import admin, chat, completions, embeddings, health, metrics, models, requests, timeline, tokenize
 from octavo.server.openai_errors import HTTPRefusal, error_response, log_internal
 from octavo.server.request_ids import request_ids
 from octavo.server.service import ASGIApp, Service
@@ -32,6 +32,7 @@ ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
     embeddings.make_router,
     requests.make_router,
     health.make_router,
+    admin.make_router,
     metrics.make_router,
     timeline.make_router,
 )
@@ -71,14 +72,15 @@ def with_layers(service: Service, app: ASGIApp) -> ASGIApp:
     stack = stack if config.root_path is None else _rooted(stack, config.root_path)
     for layer in reversed(service.layers):
         stack = layer(stack)
-    return CORSMiddleware(
-        request_ids(stack) if config.enable_request_id_headers else stack,
+    with_cors = CORSMiddleware(
+        stack,
         allow_origins=config.allowed_origins,
         allow_methods=config.allowed_methods,
         allow_headers=config.allowed_headers,
         allow_credentials=config.allow_credentials,
         expose_headers=["X-Request-Id"],
     )
+    return request_ids(with_cors, shown=config.enable_request_id_headers)
 
 
 def _contained(app: ASGIApp) -> ASGIApp:

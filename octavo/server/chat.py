@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
@@ -35,7 +35,7 @@ from octavo.server.schemas.common import sampling_values, with_defaults
 from octavo.server.service import Service
 from octavo.server.sse import ChunkTemplate, EventStream, encode, unless_gone
 from octavo.server.unsupported import CHAT, STREAM_OPTIONS, refuse_unsupported
-from octavo.server.usage import UsageCounter, metrics_of
+from octavo.server.usage import metrics_of, usage_of
 
 ROUTE = "/v1/chat/completions"
 PROMPT_END_CHARS = 256
@@ -54,7 +54,8 @@ class _Chat:
     closing_id: int | None
     """Token id that ends the thoughts."""
     style: LogprobStyle
-    counter: UsageCounter = field(default_factory=UsageCounter)
+    reasoning_tokens: int | None = None
+    """None where nothing separates thoughts."""
 
     def parser(self) -> ReasoningParser | None:
         """For one answer."""
@@ -89,7 +90,7 @@ def make_router(service: Service) -> APIRouter:
         chat = await _prepare(service, request, body)
         if not chat.request.stream:
             outputs: list[RequestOutput] = await unless_gone(request.receive, chat.generation.collect())
-            check_outputs(outputs)
+            check_outputs(outputs, chat.generation.params)
             return json_answer(_answer(chat, outputs[0]))
         return EventStream(
             _chunks(chat),
@@ -152,7 +153,7 @@ async def _prepare(service: Service, request: Request, body: dict[str, Any]) -> 
         style=LogprobStyle(as_ids=service.config.return_tokens_as_token_ids if as_ids is None else as_ids),
     )
     if chat.closing_id is not None:
-        chat.counter.reasoning_tokens = 0
+        chat.reasoning_tokens = 0
     generation.admit()  # last: whatever is taken here is given back by whoever answers
     return chat
 
@@ -180,11 +181,10 @@ def _sampling(service: Service, fields: ChatRequest, form: ReasoningFormat | Non
 def _answer(chat: _Chat, output: RequestOutput) -> dict[str, Any]:
     """The whole body."""
     request = chat.request
-    chat.counter.add(0, output)
     body = head(chat.generation, "chat.completion")
     body["choices"] = [_choice(chat, answer) for answer in output.outputs]
     log_answer(chat.generation, [answer.text for answer in output.outputs])
-    body["usage"] = chat.counter.usage()
+    body["usage"] = usage_of([output], chat.reasoning_tokens)
     if request.prompt_logprobs is not None and output.prompt_logprobs is not None:
         body["prompt_logprobs"] = prompt_logprobs_json(output.prompt_logprobs)
     if request.return_token_ids:
@@ -222,8 +222,8 @@ def _split_all(chat: _Chat, answer: CompletionOutput) -> SplitText:
         return SplitText(content=answer.text)
     begins_in_thought = parser.in_thought
     new, rest = parser.push(answer.text), parser.finish()
-    if chat.counter.reasoning_tokens is not None and begins_in_thought and parser.has_thoughts:
-        chat.counter.reasoning_tokens += _num_thought_tokens(chat, answer)
+    if chat.reasoning_tokens is not None and begins_in_thought and parser.has_thoughts:
+        chat.reasoning_tokens += _num_thought_tokens(chat, answer)
     return SplitText(new.reasoning + rest.reasoning, new.content + rest.content)
 
 
@@ -265,7 +265,7 @@ class _ChoiceStream:
 
     def choice(self, answer: CompletionOutput) -> bytes:
         """JSON of the choice with what is new; empty when there is nothing to show yet."""
-        check_answer(answer)
+        check_answer(answer, self._chat.generation.params)
         if self._logged is not None:
             self._logged.append(answer.text)
         parser, reason = self._parser, answer.finish_reason
@@ -284,16 +284,16 @@ class _ChoiceStream:
         return b"%b%b,%b" % (self._opening, delta, encode(rest)[1:])
 
     def _split(self, parser: ReasoningParser, answer: CompletionOutput) -> bytes:
-        counter = self._chat.counter
+        chat = self._chat
         begins_in_thought = parser.in_thought
         new = parser.push(answer.text)
         if answer.finish_reason is not None:
             rest = parser.finish()
             new = SplitText(new.reasoning + rest.reasoning, new.content + rest.content)
-        if counter.reasoning_tokens is not None and begins_in_thought:
-            self._num_thought_tokens += _num_thought_tokens(self._chat, answer)
+        if chat.reasoning_tokens is not None and begins_in_thought:
+            self._num_thought_tokens += _num_thought_tokens(chat, answer)
             if parser.has_thoughts:  # else it is not clear yet whether these are thoughts
-                counter.reasoning_tokens += self._num_thought_tokens
+                chat.reasoning_tokens += self._num_thought_tokens
                 self._num_thought_tokens = 0
         delta: dict[str, str] = {}
         if new.reasoning and self._chat.shows_reasoning:
@@ -310,19 +310,17 @@ async def _chunks(chat: _Chat) -> AsyncGenerator[bytes, None]:
     continuous = bool(options and options.continuous_usage_stats)
     template = ChunkTemplate(head(chat.generation, "chat.completion.chunk"))
     choices = [_ChoiceStream(chat, index) for index in range(chat.generation.params.n)]
-    counter, is_first, last = chat.counter, True, None
+    is_first, last = True, None
     tail = b',"usage":null' if wants_usage else b""
     async with aclosing(chat.generation.stream()) as outputs:
         async for output in outputs:
             last = output
-            counter.add(0, output)
             if continuous:
-                tail = b',"usage":' + encode(counter.usage())
-            parts = [choices[answer.index].choice(answer) for answer in output.outputs]
+                tail = b',"usage":' + encode(usage_of([output], chat.reasoning_tokens))
             if is_first:
                 is_first = False
                 yield template.chunk(b",".join([each.first() for each in choices]), _first_tail(chat, output, tail))
-            event = b",".join([part for part in parts if part])
+            event = b",".join([part for answer in output.outputs if (part := choices[answer.index].choice(answer))])
             if event:
                 yield template.chunk(event, tail)
     if last is None:
@@ -332,7 +330,9 @@ async def _chunks(chat: _Chat) -> AsyncGenerator[bytes, None]:
     if chat.request.include_metrics or (wants_usage and chat.request.include_metrics is not False):
         ending = b',"metrics":' + encode(metrics_of([last]))
     if wants_usage or ending:
-        yield template.chunk(b"", (b',"usage":' + encode(counter.usage()) if wants_usage else b"") + ending)
+        yield template.chunk(
+            b"", (b',"usage":' + encode(usage_of([last], chat.reasoning_tokens)) if wants_usage else b"") + ending
+        )
 
 
 def _first_tail(chat: _Chat, output: RequestOutput, tail: bytes) -> bytes:

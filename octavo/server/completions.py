@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
@@ -34,7 +34,7 @@ from octavo.server.schemas.completions import CompletionRequest
 from octavo.server.service import Service
 from octavo.server.sse import ChunkTemplate, EventStream, encode, unless_gone
 from octavo.server.unsupported import COMPLETIONS, STREAM_OPTIONS, refuse_unsupported
-from octavo.server.usage import UsageCounter, metrics_of
+from octavo.server.usage import metrics_of, usage_of, without_completion
 
 ROUTE = "/v1/completions"
 DEFAULT_MAX_TOKENS = 16
@@ -52,12 +52,16 @@ class _Completion:
     style: LogprobStyle
     num_shown: int
     """Answers per prompt that are shown; fewer than are generated under ``best_of``."""
-    counter: UsageCounter = field(default_factory=UsageCounter)
 
     @property
     def only_echo(self) -> bool:
         """Whether nothing is to be generated: the engine makes one token, and nobody sees it."""
         return self.request.max_tokens == 0
+
+    def usage(self, outputs: Iterable[RequestOutput]) -> dict[str, Any]:
+        """Token counts of the newest outputs."""
+        usage = usage_of(outputs)
+        return without_completion(usage) if self.only_echo else usage
 
     def prompt_text(self, output: RequestOutput) -> str:
         """The prompt as text, also where it came as token ids."""
@@ -77,7 +81,7 @@ def make_router(service: Service) -> APIRouter:
         completion = await _prepare(service, request, body)
         if not completion.request.stream:
             outputs: list[RequestOutput] = await unless_gone(request.receive, completion.generation.collect())
-            check_outputs(outputs)
+            check_outputs(outputs, completion.generation.params)
             return json_answer(_answer(completion, outputs))
         return EventStream(
             _chunks(completion),
@@ -199,19 +203,16 @@ def _make_prompts(service: Service, fields: CompletionRequest) -> list[Prompt]:
 
 def _answer(completion: _Completion, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     """The whole body."""
-    request, counter = completion.request, completion.counter
+    request = completion.request
     choices: list[dict[str, Any]] = []
     for index, output in enumerate(outputs):
-        counter.add(index, output)
         best = _best(output.outputs, completion.num_shown)
         for rank, answer in enumerate(best):
             choices.append(_choice(completion, output, answer, index * completion.num_shown + rank))
-    if completion.only_echo:
-        counter.completion_tokens = 0
     body = head(completion.generation, "text_completion")
     body["choices"] = choices
     log_answer(completion.generation, [choice["text"] for choice in choices])
-    body["usage"] = counter.usage()
+    body["usage"] = completion.usage(outputs)
     if request.include_metrics is not False:
         body["metrics"] = metrics_of(outputs)
     return body
@@ -290,7 +291,7 @@ class _ChoiceStream:
 
     def choice(self, output: RequestOutput, answer: CompletionOutput) -> bytes:
         """JSON of the choice with what is new; empty when there is nothing to show yet."""
-        check_answer(answer)
+        check_answer(answer, self._completion.generation.params)
         text, reason = answer.text, answer.finish_reason
         if self._logged is not None:
             self._logged.append(text)
@@ -336,7 +337,7 @@ class _ChoiceStream:
 
 async def _chunks(completion: _Completion) -> AsyncGenerator[bytes, None]:
     """The events of a stream."""
-    request, generation, counter = completion.request, completion.generation, completion.counter
+    request, generation = completion.request, completion.generation
     options = request.stream_options
     wants_usage = bool(options and options.include_usage) or completion.service.config.enable_force_include_usage
     continuous = bool(options and options.continuous_usage_stats)
@@ -349,11 +350,8 @@ async def _chunks(completion: _Completion) -> AsyncGenerator[bytes, None]:
         async for output in outputs:
             index = generation.index_of(output)
             lasts[index] = output
-            counter.add(index, output)
-            if completion.only_echo:
-                counter.completion_tokens = 0
             if continuous:
-                tail = b',"usage":' + encode(counter.usage())
+                tail = b',"usage":' + encode(completion.usage(lasts.values()))
             parts = [choices[index * num_each + each.index].choice(output, each) for each in output.outputs]
             event = b",".join([part for part in parts if part])
             if event:
@@ -363,4 +361,6 @@ async def _chunks(completion: _Completion) -> AsyncGenerator[bytes, None]:
     if request.include_metrics or (wants_usage and request.include_metrics is not False):
         ending = b',"metrics":' + encode(metrics_of(list(lasts.values())))
     if wants_usage or ending:
-        yield template.chunk(b"", (b',"usage":' + encode(counter.usage()) if wants_usage else b"") + ending)
+        yield template.chunk(
+            b"", (b',"usage":' + encode(completion.usage(lasts.values())) if wants_usage else b"") + ending
+        )

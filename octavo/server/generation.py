@@ -71,7 +71,6 @@ class Generation:
     _index: dict[str, int] = field(default_factory=dict[str, int])
     """Engine id to the place of its prompt."""
     _last: dict[str, RequestOutput] = field(default_factory=dict[str, RequestOutput])
-    _num_tokens: int = 0
     _reasons: list[str] = field(default_factory=list[str])
     _error: BaseException | None = None
     _is_open: bool = False
@@ -212,7 +211,6 @@ class Generation:
     def _note(self, output: RequestOutput) -> None:
         self._last[output.request_id] = output
         for answer in output.outputs:
-            self._num_tokens += len(answer.token_ids)
             if answer.finish_reason is not None:
                 self._reasons.append(answer.finish_reason)
 
@@ -233,7 +231,7 @@ class Generation:
             tenant=self.tenant,
             num_prompt_tokens=sum(len(output.prompt_token_ids or ()) for output in lasts),
             num_cached_tokens=sum(output.num_cached_tokens or 0 for output in lasts),
-            num_generation_tokens=self._num_tokens,
+            num_generation_tokens=sum(num_tokens_of(output) for output in lasts),
             finish_reasons=(*self._reasons, *("abort",) * (num_answers - len(self._reasons))),
             params=self.params,
             stats=lasts[-1].metrics if lasts else None,
@@ -243,6 +241,11 @@ class Generation:
         )
         for observer in self.service.observers:
             observer.request_finished(record)
+
+
+def num_tokens_of(output: RequestOutput) -> int:
+    """Tokens generated so far for a prompt, all its answers together."""
+    return 0 if output.metrics is None else output.metrics.num_generation_tokens
 
 
 def _code_of(error: BaseException | None) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from octavo.server.openai_errors import MissingModelError
+from octavo.server.openapi import error_responses
 from octavo.server.service import Service
 from octavo.utils.text import shorten
 
@@ -69,12 +70,12 @@ def make_router(service: Service) -> APIRouter:
             ],
         }
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses=error_responses(401, 503))
     async def list_models() -> dict[str, Any]:
         """The names under which the model is served."""
         return {"object": "list", "data": [card(name) for name in served_names(service)]}
 
-    @router.get("/v1/models/{model:path}")
+    @router.get("/v1/models/{model:path}", responses=error_responses(401, 404, 503))
     async def show_model(model: str) -> dict[str, Any]:
         """One of them."""
         return card(check_model(service, model))

@@ -15,8 +15,8 @@ _POSSIBLE = re.compile(rb"[!-~]{1,128}")
 """Printable, and no blanks: it goes into logs and headers."""
 
 
-def request_ids(app: ASGIApp) -> ASGIApp:
-    """``app`` with ``scope["state"]["request_id"]`` set, and the id in every answer's headers."""
+def request_ids(app: ASGIApp, *, shown: bool) -> ASGIApp:
+    """``app`` with ``scope["state"]["request_id"]`` set, and if ``shown`` the id in every answer's headers."""
 
     async def with_id(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -39,6 +39,6 @@ def request_ids(app: ASGIApp) -> ASGIApp:
                     message["headers"] = [*headers, (HEADER, state["request_id"].encode())]
             await send(message)
 
-        await app(scope, receive, send_with_id)
+        await app(scope, receive, send_with_id if shown else send)
 
     return with_id

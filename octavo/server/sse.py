@@ -150,8 +150,9 @@ class EventStream(Response):
     async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             try:
+                state: Any = scope.get("state") or {}
                 async with self._deadline.scope():
-                    await self._write_all(send, (scope.get("state") or {}).get(DIRECT_SEND, send))
+                    await self._write_all(send, state.get(DIRECT_SEND, send))
             except TimeoutError:
                 raise self._deadline.error() from None
         except Exception as error:  # border of the response: the client must hear of it
@@ -170,11 +171,12 @@ class EventStream(Response):
         if not self._has_begun:
             await self._begin(send)
         clock = time.monotonic
-        while event is not None:
-            self.sending_since_s = clock()
+        if event is not None:
             await direct_send({"type": "http.response.body", "body": event, "more_body": True})
-            self.sending_since_s = 0.0
-            event = await anext(self._events, None)
+            async for event in self._events:
+                self.sending_since_s = clock()
+                await direct_send({"type": "http.response.body", "body": event, "more_body": True})
+                self.sending_since_s = 0.0
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
     async def _first(self, send: Send) -> bytes | None:

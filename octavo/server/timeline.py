@@ -15,6 +15,7 @@ from octavo.observability.history import CAPACITY
 from octavo.observability.timeline import describe_timeline
 from octavo.server.generation import tenant_of
 from octavo.server.openai_errors import HTTPRefusal
+from octavo.server.openapi import error_responses
 from octavo.server.service import Service
 from octavo.utils.text import format_count, shorten
 
@@ -23,7 +24,7 @@ def make_router(service: Service) -> APIRouter:
     """The route."""
     router = APIRouter(tags=["observability"])
 
-    @router.get("/v1/requests/{request_id}/timeline")
+    @router.get("/v1/requests/{request_id}/timeline", responses=error_responses(401, 404, 503))
     async def timeline(request_id: str, request: Request) -> dict[str, Any]:
         """What became of a request, with times."""
         tenant = tenant_of(request)

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from octavo.outputs import RequestOutput, RequestStateStats
+from octavo.server.generation import num_tokens_of
 
 
-@dataclass(slots=True)
-class UsageCounter:
-    """Counts the tokens of one HTTP request as they come."""
+def usage_of(outputs: Iterable[RequestOutput], reasoning_tokens: int | None = None) -> dict[str, Any]:
+    """OpenAI's ``usage``.
 
-    completion_tokens: int = 0
-    reasoning_tokens: int | None = None
-    """None where nothing separates thoughts."""
-    _prompts: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
+    Args:
+        outputs: The newest output of each prompt.
+        reasoning_tokens: None where nothing separates thoughts.
+    """
+    prompt_tokens = completion_tokens = cached_tokens = 0
+    for output in outputs:
+        prompt_tokens += len(output.prompt_token_ids or ())
+        completion_tokens += num_tokens_of(output)
+        cached_tokens += output.num_cached_tokens or 0
+    usage: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens": completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+    if reasoning_tokens is not None:
+        usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return usage
 
-    def add(self, index: int, output: RequestOutput) -> None:
-        """Take in an output of DELTA kind, or a final one."""
-        self._prompts[index] = (len(output.prompt_token_ids or ()), output.num_cached_tokens or 0)
-        for answer in output.outputs:
-            self.completion_tokens += len(answer.token_ids)
 
-    def usage(self) -> dict[str, Any]:
-        """OpenAI's ``usage``."""
-        prompt_tokens = sum(each[0] for each in self._prompts.values())
-        usage: dict[str, Any] = {
-            "prompt_tokens": prompt_tokens,
-            "total_tokens": prompt_tokens + self.completion_tokens,
-            "completion_tokens": self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(each[1] for each in self._prompts.values())},
-        }
-        if self.reasoning_tokens is not None:
-            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
-        return usage
+def without_completion(usage: dict[str, Any]) -> dict[str, Any]:
+    """``usage`` of a request that only echoes: the one token that the engine made is nobody's."""
+    return {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
 
 
 def metrics_of(outputs: Sequence[RequestOutput]) -> dict[str, Any] | None:

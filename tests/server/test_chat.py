@@ -182,7 +182,7 @@ def test_prompts_can_be_cut_and_shown(client: httpx.Client) -> None:
         ({"logit_bias": {"1": 101}}, 400, "logit_bias", "invalid_value"),
         ({"logit_bias": {"999999": 1}}, 400, "logit_bias", "invalid_value"),
         ({"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
-        ({"logprobs": True, "top_logprobs": 21}, 400, "logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_value"),
         ({"stream": True, "prompt_logprobs": 1}, 400, "prompt_logprobs", "invalid_value"),
         ({"stream": "yes"}, 400, "stream", "invalid_type"),

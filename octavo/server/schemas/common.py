@@ -116,7 +116,7 @@ class GenerationRequest(RequestModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=INT64_MAX), WHOLE] | None = None
     stop: Annotated[str | list[str] | None, STOPS] = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_IDS)] | None = None
