@@ -6,6 +6,7 @@ depends on its neighbours, on chunks or on cached prefixes.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from octavo import LLM, PoolingParams, SamplingParams
+from octavo import LLM, AsyncLLM, EngineArgs, PoolingParams, SamplingParams
 from octavo.errors import CheckpointError, ConfigError, ContextLengthError, InvalidRequestError
 from tests.models.pooling_cases import CASES, expected, make, save, save_tokenizer
 
@@ -188,3 +189,33 @@ def test_files_that_cannot_be_honoured(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(CheckpointError, match="no folder"):
         LLM(str(tmp_path), **settings)
+
+
+def test_many_readers_and_one_who_leaves(tmp_path: Path) -> None:
+    """AsyncLLM over an engine in another process: results cross a socket, a cancelled text leaves nothing."""
+    case = CASES["bert-mean"]
+    model = make(case)
+    save(case, model, tmp_path)
+    args = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, num_threads=1, max_num_seqs=4)
+
+    async def work(engine: AsyncLLM) -> list[torch.Tensor]:
+        leaving = [asyncio.create_task(engine.encode(PROMPTS[1])) for _ in range(30)]
+        await asyncio.sleep(0)
+        for task in leaving:
+            task.cancel()
+        outputs = await asyncio.gather(*(engine.encode(ids, task="embed") for ids in PROMPTS))
+        await engine.check_health()
+        assert engine._frontend.outputs.num_unfinished == 0
+        with pytest.raises(InvalidRequestError, match="no text"):
+            async for _ in engine.generate([1, 2]):
+                pass
+        return [torch.tensor(output.outputs.data) for output in outputs]
+
+    engine = AsyncLLM.from_engine_args(args)
+    try:
+        results = asyncio.run(work(engine))
+        engine._frontend.client.call("check_books")
+    finally:
+        engine.shutdown()
+    for ids, result in zip(PROMPTS, results, strict=True):
+        assert (result - expected(case, model, ids)).abs().max() <= TOLERANCE
