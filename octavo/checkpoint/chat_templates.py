@@ -105,9 +105,10 @@ def mistral_template(path: Path) -> str | None:
         )
         return None
     convert = importlib.import_module(_MISTRAL_MODULE).convert_tokenizer_to_chat_template
+    refused: type[Exception] = importlib.import_module("mistral_common.exceptions").MistralCommonException
     # Whether the tokens speak of thinking is not in the file; the guess is wrong for models that do not think.
     try:
         return str(convert(path, plain_thinking_support=False))
-    except (ValueError, AssertionError, KeyError) as exc:
+    except (refused, ValueError, AssertionError, KeyError, TypeError) as exc:
         logger.warning("%s has no chat template that mistral-common knows: %s", path, exc)
         return None

@@ -12,8 +12,6 @@ from torch import Tensor
 from octavo.checkpoint.gguf_file import QUANT_TYPES, GGUFTensor
 from octavo.kernels.native import NativeKernels, native_kernels
 
-NATIVE_TYPES = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"})
-"""What the kernel knows. Rarer types are left to the package."""
 COMPILED = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"})
 """Types that gguf_blocks.c decodes; the package does the others."""
 _TYPE_IDS = {name: number for number, (name, _, _) in QUANT_TYPES.items() if name in COMPILED}
@@ -24,7 +22,7 @@ def dequantize(raw: bytes, tensor: GGUFTensor) -> Tensor:
     num_blocks, rest = divmod(len(raw), tensor.bytes_per_block)
     assert rest == 0, "blocks never cross rows"
     native = native_kernels()
-    if native is None or tensor.quant_type not in NATIVE_TYPES:
+    if native is None or tensor.quant_type not in COMPILED:
         return dequantize_ref(raw, tensor)
     return decode(native, raw, tensor, num_blocks)
 
