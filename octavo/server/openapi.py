@@ -28,6 +28,7 @@ DESCRIPTIONS = {
     404: "No such model, route or request.",
     405: "Another method is needed.",
     408: "timeout_ms has passed.",
+    409: "Something that runs is in the way; try again when it is done.",
     413: "The body is too large.",
     415: "The body is of a type that is not read.",
     429: "This key's own limit is reached; Retry-After says when to come back.",
