@@ -33,7 +33,6 @@ ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
     requests.make_router,
     health.make_router,
     admin.make_router,
-    admin.make_router,
     metrics.make_router,
     timeline.make_router,
 )
