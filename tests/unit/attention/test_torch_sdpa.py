@@ -117,7 +117,8 @@ def check_backend(
         backend.attend(q, k, v, cache, meta, out, sinks.to(device))
     start = 0
     for row, (_, new) in enumerate(work):
-        expected = dense(queries[row], keys[row], values[row], spec, sinks)
+        extra = () if sinks is None else (sinks,)
+        expected = dense(queries[row], keys[row], values[row], spec, *extra)
         torch.testing.assert_close(out[start : start + new].cpu().float(), expected, atol=atol, rtol=rtol)
         start += new
     # New slots were NaN or zero: exactly their values have changed, nothing else.
