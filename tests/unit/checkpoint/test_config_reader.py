@@ -343,7 +343,9 @@ def test_wrong_gguf_value_names_file_and_field(metadata: dict[str, Any], reason:
 def test_unknown_gguf_architecture(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(path, arch="mamba")
-    with pytest.raises(CheckpointError, match="general.architecture is 'mamba', but only .*llama.*qwen2, qwen2moe, qwen3"):
+    with pytest.raises(
+        CheckpointError, match="general.architecture is 'mamba', but only .*llama.*qwen2, qwen2moe, qwen3"
+    ):
         read_gguf(path)
 
 
