@@ -30,7 +30,7 @@ MAX_MODEL_LEN = 4096
 MAX_NUM_SEQS = 32
 
 
-def start_octavo(model: str, dtype: str, **options: Any) -> Generate:
+def start_octavo(model: str, dtype: str = "auto", **options: Any) -> Generate:
     from octavo import LLM, SamplingParams
 
     llm = LLM(

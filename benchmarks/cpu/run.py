@@ -49,11 +49,8 @@ class Engine:
 def known_engines(peers: Path | None, model: str) -> list[Engine]:
     """Every engine that this machine has, Octavo first."""
     engines = [
+        Engine("octavo-default", sys.executable, "octavo", {"model": model}, ("octavo", "torch")),
         Engine("octavo-float32", sys.executable, "octavo", {"model": model, "dtype": "float32"}, ("octavo", "torch")),
-        Engine(
-            "octavo-int8", sys.executable, "octavo", {"model": model, "dtype": "float32", "quantization": "int8"},
-            ("octavo", "torch"),
-        ),
     ]  # fmt: skip
     if peers is None:
         return engines
