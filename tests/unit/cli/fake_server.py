@@ -63,6 +63,8 @@ class FakeServer:
                     await self._answer(writer, method, path, body)
                 finally:
                     self.num_open -= 1
+                if headers.get("connection") == "close":
+                    return
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
