@@ -29,6 +29,8 @@ from octavo.utils.text import shorten
 logger = logging.getLogger(__name__)
 Outputs = AsyncGenerator[RequestOutput, None]
 DEFAULT_TENANT = "default"
+BYTES_PER_TOKEN, BYTES_PER_LOGPROB = 64, 100
+"""About what a token, and one entry of its log-probabilities, take while they wait for a reader."""
 CHARS_PER_TOKEN_GUESS = 4
 """To reserve room for a text before it is tokenized."""
 
@@ -71,6 +73,7 @@ class Generation:
     _index: dict[str, int] = field(default_factory=dict[str, int])
     """Engine id to the place of its prompt."""
     _last: dict[str, RequestOutput] = field(default_factory=dict[str, RequestOutput])
+    _num_taken: dict[str, int] = field(default_factory=dict[str, int])
     _reasons: list[str] = field(default_factory=list[str])
     _error: BaseException | None = None
     _is_open: bool = False
@@ -208,8 +211,17 @@ class Generation:
             with suppress(asyncio.CancelledError):
                 await asyncio.gather(*readers, return_exceptions=True)
 
+    @property
+    def pending_bytes(self) -> int:
+        """About how much has come for this request that its reader has not taken. Its statistics are the engine
+        side's own object, so they are always of now."""
+        behind = sum(num_tokens_of(output) - self._num_taken[key] for key, output in self._last.items())
+        logprobs = self.params.logprobs
+        return behind * (BYTES_PER_TOKEN + (0 if logprobs is None else BYTES_PER_LOGPROB * (logprobs + 1)))
+
     def _note(self, output: RequestOutput) -> None:
         self._last[output.request_id] = output
+        self._num_taken[output.request_id] = num_tokens_of(output)
         for answer in output.outputs:
             if answer.finish_reason is not None:
                 self._reasons.append(answer.finish_reason)

@@ -5,6 +5,7 @@ Called by ``octavo serve``, and by each of several HTTP processes (``workers.py`
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import socket
@@ -89,6 +90,8 @@ def serve_here(
         logger.info("Available routes are:")
         for line in describe_routes(routes):
             logger.info("%s", line)
+    gc.collect()
+    gc.freeze()  # modules and routes stay: the collector need not look at them again and again
     supervisor.start()
     if place.is_replacement:
         supervisor.wait_loaded(ATTACH_TIMEOUT_S)

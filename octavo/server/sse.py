@@ -32,6 +32,8 @@ HEADERS_AFTER_S = 5.0
 """A request that waits longer for its first token gets its headers, and a comment now and then, so that no proxy gives
 up on it. Until then an error has an HTTP status of its own."""
 COMMENT_INTERVAL_S = 10.0
+MAX_PENDING_BYTES = 1 << 20
+"""What may wait for a reader that takes nothing; looked at once a second, so it can be as much more as comes in one."""
 encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 """JSON of anything plain."""
 
@@ -84,9 +86,15 @@ class StallGuard:
     def _look(self) -> None:
         self._timer = None
         latest = time.monotonic() - self._timeout_s
-        for stream in [each for each in self._streams if each.sending_since_s and each.sending_since_s < latest]:
-            logger.warning("a reader took nothing for %g s and is cut off", self._timeout_s)
-            stream.cut_off()
+        for stream in [each for each in self._streams if each.sending_since_s]:
+            if stream.sending_since_s < latest:
+                logger.warning("a reader took nothing for %g s and is cut off", self._timeout_s)
+                stream.cut_off()
+            elif stream.pending_bytes > MAX_PENDING_BYTES:
+                logger.warning(
+                    "more than %d bytes wait for a reader that takes nothing; it is cut off", MAX_PENDING_BYTES
+                )
+                stream.cut_off()
         if self._streams:
             self._arm()
 
@@ -100,6 +108,11 @@ class Streamed(Protocol):
 
     def close(self) -> None:
         """Give everything back; may have happened already."""
+        ...
+
+    @property
+    def pending_bytes(self) -> int:
+        """About how much waits for the reader at the engine's side."""
         ...
 
 
@@ -141,6 +154,11 @@ class EventStream(Response):
             with suppress(asyncio.CancelledError):
                 await self._writer
             self._generation.close()  # where the events never began, nobody else does
+
+    @property
+    def pending_bytes(self) -> int:
+        """See ``Streamed``."""
+        return self._generation.pending_bytes
 
     def cut_off(self) -> None:
         """Stop sending; what the engine does for this stream ends."""

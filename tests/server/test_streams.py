@@ -15,6 +15,7 @@ import pytest
 
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.deadline import Deadline
+from octavo.server.generation import Generation
 from octavo.server.service import RequestRecord, Service
 from octavo.server.sse import EventStream, StallGuard
 from tests.server.conftest import Server
@@ -80,7 +81,8 @@ def open_ids(server: Server) -> list[str]:
 class Unread:
     """A generation whose events nobody takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, pending_bytes: int = 0) -> None:
+        self.pending_bytes = pending_bytes
         self.num_closed = 0
         self.has_ended = False
 
@@ -98,11 +100,12 @@ class Unread:
         self.num_closed += 1
 
 
-def test_a_reader_that_takes_nothing_is_cut_off() -> None:
+@pytest.mark.parametrize(("timeout_s", "pending_bytes"), [(0.05, 0), (0.4, 2 << 20)], ids=["too long", "too much"])
+def test_a_reader_that_takes_nothing_is_cut_off(timeout_s: float, pending_bytes: int) -> None:
     """Red when a stream goes on for somebody who does not read: its events are closed, and it ends."""
 
     async def run() -> tuple[Unread, int]:
-        unread, num_sent = Unread(), 0
+        unread, num_sent = Unread(pending_bytes), 0
 
         async def send(_message: Any) -> None:
             nonlocal num_sent
@@ -113,7 +116,7 @@ def test_a_reader_that_takes_nothing_is_cut_off() -> None:
         async def receive() -> Any:
             await asyncio.Event().wait()
 
-        stream = EventStream(unread.events(), unread, StallGuard(0.05))
+        stream = EventStream(unread.events(), unread, StallGuard(timeout_s))
         await stream({"type": "http"}, receive, send)
         return unread, num_sent
 
@@ -139,6 +142,25 @@ def test_a_slow_reader_gets_everything_in_fewer_pieces(server: Server) -> None:
     texts, num_tokens, num_logprobs = asyncio.run(run())
     assert (num_tokens, num_logprobs) == (60, 60)
     assert len(texts) < 60
+
+
+def test_what_waits_for_a_reader_is_known(server: Server) -> None:
+    async def run() -> list[int]:
+        generation = Generation(
+            service=server.service, route="/", model="tiny", request_id="behind", tenant="t", prompts=[[5, 6, 7]],
+            params=SamplingParams(max_tokens=40, ignore_eos=True, output_kind=RequestOutputKind.DELTA),
+        )  # fmt: skip
+        seen: list[int] = []
+        async for output in generation.stream():
+            if not seen:
+                while output.metrics.num_generation_tokens < 20:
+                    await asyncio.sleep(0.005)
+            seen.append(generation.pending_bytes)
+        return seen
+
+    seen = asyncio.run(run())
+    assert seen[0] >= 10 * 64
+    assert seen[-1] == 0
 
 
 def test_abort_by_id(server: Server) -> None:
