@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,4 +168,11 @@ def test_what_cannot_be_chosen(tmp_path: Path) -> None:
         start(tmp_path)
     edit(tmp_path, lambda config: config.update(model_type="nobody_knows_this", rope_parameters={}))
     with pytest.raises(ConfigError, match="no causal LM for model_type 'nobody_knows_this'"):
+        start(tmp_path)
+
+
+def test_without_transformers_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("gpt_neox", SIZES, tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"pip install octavo\[transformers\]\. Octavo has .*LlamaForCausalLM"):
         start(tmp_path)
