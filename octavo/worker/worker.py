@@ -267,10 +267,15 @@ class Worker:
             for num_tokens in self._warm_up_tokens():
                 if num_tokens <= min(limits.max_num_batched_tokens, limits.max_model_len):
                     self._ready().warm_up(num_tokens)
-            before = self._device.memory()
+            before, begin_s = self._device.memory(), time.monotonic()
+            if self._records_graphs:
+                logger.info("Capturing CUDA graphs ...")
             self._ready().record_graphs()
         if self._device.is_asynchronous:
-            self._ledger["graphs"] = max(0, before.free - self._device.memory().free)
+            graphs = self._ledger["graphs"] = max(0, before.free - self._device.memory().free)
+            if self._records_graphs:
+                seconds = time.monotonic() - begin_s
+                logger.info("Graph capturing finished in %.1f secs, took %.2f GiB", seconds, graphs / 2**30)
             self._log_ledger()
 
     def _warm_up_tokens(self) -> tuple[int, ...]:
