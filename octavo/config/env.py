@@ -35,7 +35,7 @@ VARIABLES: Mapping[str, Setting] = {
 }
 """Each is read as ``OCTAVO_<name>``, else as ``VLLM_<name>``."""
 ELSEWHERE = {
-    "NATIVE_KERNELS": "kernels/native/build.py: 0 uses no compiled CPU kernels",
+    "NATIVE_KERNELS": "utils/compiler.py: 0 uses no compiled CPU kernels",
     "KERNELS_PDL": "kernels/gpu/launch.py: 0 launches no GPU kernel before the one ahead of it has ended",
 }
 """Switches that only we have, to find faults, as ``OCTAVO_<name>``; and who reads them."""

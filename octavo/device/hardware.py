@@ -11,12 +11,12 @@ import contextlib
 import importlib
 import os
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 
 from octavo.config.hardware import Hardware
 from octavo.errors import ConfigError
+from octavo.utils.compiler import find_compiler
 
 _UNLIMITED = 1 << 60
 """Control groups v1 write a number near 2^63 for "no limit"."""
@@ -51,15 +51,8 @@ def probe_cpu() -> Hardware:
         num_threads=count_usable_cores(),
         supports_bfloat16=not _BFLOAT16.isdisjoint(features),
         features=features,
-        compiles_kernels=find_compiler() is not None,
+        compiles_kernels=find_compiler()[0] is not None,
     )
-
-
-def find_compiler() -> str | None:
-    """Path of the C compiler that CPU kernels may be compiled with; None without one, or where it is switched off."""
-    if os.environ.get("OCTAVO_NATIVE_KERNELS", "1") == "0":
-        return None
-    return next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
 
 
 def read_cpu_memory(root: Path = Path("/")) -> tuple[int, int]:

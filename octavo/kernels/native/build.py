@@ -18,7 +18,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from octavo.device.hardware import find_compiler
+from octavo.utils.compiler import find_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,9 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
 
     torch must be imported before, so that both use one OpenMP runtime and one set of threads.
     """
-    if os.environ.get("OCTAVO_NATIVE_KERNELS", "1") == "0":
-        return None, "OCTAVO_NATIVE_KERNELS=0 turns compiled kernels off"
-    compiler = find_compiler()
+    compiler, reason = find_compiler()
     if compiler is None:
-        return None, "there is no C compiler (cc, gcc or clang) on the PATH"
+        return None, reason
     texts = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
     key = hashlib.sha256("\0".join((*texts, *_FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
     library = _cache_folder() / f"octavo_cpu-{key}.so"
