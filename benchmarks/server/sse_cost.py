@@ -131,9 +131,9 @@ async def run_in_process(app: Any, engine: PreparedEngine, num_streams: int, num
         messages = [{"type": "http.request", "body": raw, "more_body": False}]
 
         async def receive() -> Any:
-            if messages:
-                return messages.pop()
-            await asyncio.Event().wait()
+            if not messages:
+                await asyncio.Event().wait()
+            return messages.pop()
 
         async def send(message: dict[str, Any]) -> None:
             nonlocal num_chunks, num_bytes
