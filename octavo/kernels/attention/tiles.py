@@ -53,7 +53,7 @@ def load_tile(
 def soft_cap(scores, cap):
     """``cap * tanh(scores / cap)`` without overflow."""
     x = tl.minimum(tl.maximum(scores / cap, -15.0), 15.0)
-    e = tl.exp2(2.0 * LOG2E * x)
+    e = tl.exp2(x * (2.0 * LOG2E))
     return cap * (e - 1.0) / (e + 1.0)
 
 
