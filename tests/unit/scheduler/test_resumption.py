@@ -46,7 +46,8 @@ def test_delivered_tokens_are_output_for_the_sampler_and_for_min_tokens() -> Non
 def test_prompt_logprobs_go_on_where_they_were() -> None:
     undisturbed = Driver()
     undisturbed.add("a", PROMPT, 2, prompt_logprobs=0)
-    everything = [row for each in undisturbed.finish() if each.prompt_logprobs for row in each.prompt_logprobs.token_ids]
+    outputs = undisturbed.finish()
+    everything = [row for each in outputs if each.prompt_logprobs for row in each.prompt_logprobs.token_ids]
     driver = Driver()
     driver.add("a", PROMPT, 2, prompt_logprobs=0, resumption=Resumption([], num_prompt_logprobs=3))
     rest = [row for each in driver.finish() if each.prompt_logprobs for row in each.prompt_logprobs.token_ids]
