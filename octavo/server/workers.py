@@ -76,6 +76,8 @@ class EngineOwner:
         self._lock = threading.Lock()
         self._current: tuple[NewEngine, int] | None = None
         """The engine that runs or starts, and its death descriptor."""
+        self._late: list[socket.socket] = []
+        """Workers that came while an engine was starting."""
         self._process: subprocess.Popen[bytes] | None = None
         self._client: ZmqClient | None = None
         self.failure: OctavoError | None = None
@@ -83,10 +85,13 @@ class EngineOwner:
         self._thread.start()
 
     def introduce(self, connection: socket.socket) -> None:
-        """Tell a new worker of the engine that there is."""
+        """Tell a new worker of the engine that there is: once it is ready, for its report may have gone to the worker
+        before."""
         with self._lock:
-            if self._current is not None:
+            if self._current is not None and self._current[0].is_ready:
                 tell(connection, *self._current)
+            elif self._current is not None:
+                self._late.append(connection)
 
     def forget_client(self, index: int) -> None:
         """A worker is gone: nobody waits for its requests any more."""
@@ -135,6 +140,7 @@ class EngineOwner:
         self._life += 1
         news = NewEngine(self._life, addresses, process.pid)
         with self._lock:
+            self._late.clear()  # they hear of this one with all others
             self._current = (news, death_fd)
             self._announce(news, death_fd)
         try:
@@ -160,6 +166,9 @@ class EngineOwner:
             assert self._current is not None
             news, death_fd = self._current
             self._current = (msgspec.structs.replace(news, is_ready=True), death_fd)
+            for connection in self._late:
+                tell(connection, *self._current)
+            self._late.clear()
         try:
             while True:
                 client.recv(None)
