@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from octavo import AsyncLLM, EngineArgs, RequestOutputKind, SamplingParams
+from octavo.observability.metrics import Histogram
 from tests.engine.conftest import MakeLLM, greedy, random_prompts, tokens_of
 
 PROMPTS = random_prompts(16)
@@ -65,7 +66,7 @@ def test_tokens_are_those_of_the_prompt_alone(way: str, make_llm: MakeLLM, alone
     assert tokens_of(llm.generate(PROMPTS, greedy())) == alone["greedy"]
     assert tokens_of(llm.generate(PROMPTS, sampled())) == alone["sampled"]
     if way.startswith("preempted"):
-        metrics = {metric.name: metric.value for metric in llm.get_metrics()}
+        metrics = {metric.name: metric.value for metric in llm.get_metrics() if not isinstance(metric, Histogram)}
         assert metrics["octavo:num_preemptions"] > 0, "the pool is too large for this test to mean anything"
     llm._frontend.client.call("check_books")
 
