@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "octavo-setup.json"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-EXTRAS = {"demo": "", "dev": "[dev]"}
+EXTRAS = {"demo": "[server]", "dev": "[dev]"}
 """Group to the extras of Octavo that it installs. ``demo`` is part of ``dev``."""
 
 

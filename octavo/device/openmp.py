@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import MutableMapping
 
-SPIN_COUNT = "500"
-"""Pauses, about 30 microseconds: longer than what lies between two kernels of a step, shorter than being put to sleep
-and woken costs many times over. Measured on two busy cores (docs/log.md): decode steps take a tenth of the time."""
+SPIN_COUNT = "20000"
+"""Pauses, about a millisecond. Far fewer are too few: a thread is put to sleep between two kernels of a step, and a decode
+step at batch 1 takes 46 ms instead of 11 (500 pauses, docs/log.md). Far more cost a busy machine more than they bring."""
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
 OTHERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """What the user may have said about it."""
