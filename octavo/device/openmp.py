@@ -10,8 +10,9 @@ import sys
 from collections.abc import MutableMapping
 
 SPIN_COUNT = "20000"
-"""Pauses, about a millisecond. Far fewer are too few: a thread is put to sleep between two kernels of a step, and a decode
-step at batch 1 takes 46 ms instead of 11 (500 pauses, docs/log.md). Far more cost a busy machine more than they bring."""
+"""Pauses, about a millisecond. Far fewer are too few: a thread is put to sleep between two kernels of a step, and a
+decode step at batch 1 takes 46 ms instead of 11 (500 pauses, docs/log.md). Far more cost a busy machine more than they
+bring."""
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
 OTHERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """What the user may have said about it."""
