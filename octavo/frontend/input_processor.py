@@ -19,6 +19,7 @@ from octavo.config.model import ModelConfig
 from octavo.config.sections import FrontendConfig
 from octavo.errors import ConfigError, ContextLengthError, InvalidRequestError
 from octavo.frontend.chat_template import ChatOptions
+from octavo.frontend.token_ids import as_token_ids, check_token_ids
 from octavo.frontend.tokenizer import Tokenizer
 from octavo.messages import EngineCoreRequest, ResolvedSampling
 from octavo.sampling_params import INT64_MAX, SamplingParams
@@ -239,23 +240,9 @@ class InputProcessor:
         return _CheckedPrompt(text, token_ids, cast("str | None", salt))
 
     def _check_ids(self, prompt: object, param: str) -> list[int]:
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | str):
-            raise InvalidRequestError(
-                f"{param} is a {type(prompt).__name__}, but must be a string, a list of token ids, or a dict with "
-                "prompt or prompt_token_ids",
-                param=param,
-            )
-        ids = list(cast("Sequence[int]", prompt))
-        if not ids:
-            raise InvalidRequestError(f"{param} is empty; it needs at least one token id", param=param)
+        ids = as_token_ids(prompt, param)
         self._check_length(len(ids), param)
-        for position, token_id in enumerate(ids):
-            if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
-                raise InvalidRequestError(
-                    f"{param}[{position}] is {str(token_id)[:40]}, but must be a token id: an integer in "
-                    f"[0, {self._vocab_size})",
-                    param=param,
-                )
+        check_token_ids(ids, self._vocab_size, param)
         return ids
 
     def _check_length(self, num_tokens: int, param: str, *, at_least: bool = False) -> None:

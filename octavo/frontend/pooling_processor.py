@@ -18,6 +18,7 @@ from octavo.config.sections import PoolingConfig
 from octavo.errors import ContextLengthError, InvalidRequestError
 from octavo.frontend.input_processor import MAX_SALT_CHARS, MAX_TENANT_CHARS, check_label
 from octavo.frontend.output_processor import ProcessedOutputs
+from octavo.frontend.token_ids import as_token_ids, check_token_ids
 from octavo.frontend.tokenizer import Tokenizer
 from octavo.messages import EngineCoreOutput, EngineCoreRequest, Pooled, ResolvedPooling, ResolvedSampling
 from octavo.outputs import RequestStateStats
@@ -241,26 +242,10 @@ class PoolingProcessor:
         return _Checked(text if second is None else None, ids, second_start, salt)
 
     def _check_ids(self, prompt: object, param: str, limit: int | None) -> list[int]:
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | str):
-            raise InvalidRequestError(
-                f"{param} is a {type(prompt).__name__}, but must be a string, a list of token ids, or a dict with "
-                "prompt or prompt_token_ids",
-                param=param,
-            )
-        ids = list(cast("Sequence[int]", prompt))
-        if not ids:
-            raise InvalidRequestError(f"{param} is empty; it needs at least one token id", param=param)
-        if limit is not None:
-            ids = ids[:limit]
+        ids = as_token_ids(prompt, param)[:limit]
         if len(ids) > self._max_model_len:
             self._refuse_length(f"{len(ids)} tokens", param)
-        for position, token_id in enumerate(ids):
-            if type(token_id) is not int or not 0 <= token_id < self._model.vocab_size:
-                raise InvalidRequestError(
-                    f"{param}[{position}] is {str(token_id)[:40]}, but must be a token id: an integer in "
-                    f"[0, {self._model.vocab_size})",
-                    param=param,
-                )
+        check_token_ids(ids, self._model.vocab_size, param)
         return ids
 
     def _refuse_length(self, size: str, param: str) -> None:

@@ -16,25 +16,24 @@ from octavo.frontend.reasoning import ReasoningFormat, ReasoningParser, SplitTex
 from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.answers import check_answer, check_outputs, head, json_answer, log_answer
-from octavo.server.body import check_body, read_json
+from octavo.server.body import read_json
 from octavo.server.chat_prompt import chat_options, last_text, render
 from octavo.server.generation import (
     Generation,
     base_request_id,
+    check_generation,
     check_priority,
-    check_stream_options,
     log_request,
     logit_bias_of,
     tenant_of,
 )
 from octavo.server.logprobs import LogprobStyle, chat_logprobs, prompt_logprobs_json
-from octavo.server.models import check_model
 from octavo.server.openapi import generation_route
 from octavo.server.schemas.chat import ChatRequest
 from octavo.server.schemas.common import sampling_values, with_defaults
 from octavo.server.service import Service
 from octavo.server.sse import ChunkTemplate, EventStream, encode, unless_gone
-from octavo.server.unsupported import CHAT, STREAM_OPTIONS, refuse_unsupported
+from octavo.server.unsupported import CHAT
 from octavo.server.usage import metrics_of, usage_of
 
 ROUTE = "/v1/chat/completions"
@@ -109,12 +108,7 @@ async def _prepare(service: Service, request: Request, body: dict[str, Any]) -> 
         OctavoError: The request cannot be honoured, or not now.
     """
     engine = service.need_engine
-    refuse_unsupported(body, CHAT)
-    if isinstance(body.get("stream_options"), dict):
-        refuse_unsupported(body["stream_options"], STREAM_OPTIONS, "stream_options.")
-    fields = check_body(ChatRequest, body)
-    model = check_model(service, fields.model)
-    check_stream_options(fields)
+    fields, model = check_generation(service, body, CHAT, ChatRequest)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise InvalidRequestError("top_logprobs is given, but logprobs is not true", param="top_logprobs")
     most = engine.ready.config.frontend.max_logprobs

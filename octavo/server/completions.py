@@ -16,24 +16,23 @@ from octavo.frontend.input_processor import Prompt
 from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.answers import check_answer, check_outputs, head, json_answer, log_answer
-from octavo.server.body import check_body, read_json
+from octavo.server.body import read_json
 from octavo.server.generation import (
     Generation,
     base_request_id,
+    check_generation,
     check_priority,
-    check_stream_options,
     log_request,
     logit_bias_of,
     tenant_of,
 )
 from octavo.server.logprobs import CompletionLogprobs, LogprobStyle, prompt_logprobs_json
-from octavo.server.models import check_model
 from octavo.server.openapi import generation_route
 from octavo.server.schemas.common import sampling_values, with_defaults
 from octavo.server.schemas.completions import CompletionRequest
 from octavo.server.service import Service
 from octavo.server.sse import ChunkTemplate, EventStream, encode, unless_gone
-from octavo.server.unsupported import COMPLETIONS, STREAM_OPTIONS, refuse_unsupported
+from octavo.server.unsupported import COMPLETIONS
 from octavo.server.usage import metrics_of, usage_of, without_completion
 
 ROUTE = "/v1/completions"
@@ -100,12 +99,7 @@ async def _prepare(service: Service, request: Request, body: dict[str, Any]) -> 
         OctavoError: The request cannot be honoured, or not now.
     """
     _ = service.need_engine
-    refuse_unsupported(body, COMPLETIONS)
-    if isinstance(body.get("stream_options"), dict):
-        refuse_unsupported(body["stream_options"], STREAM_OPTIONS, "stream_options.")
-    fields = check_body(CompletionRequest, body)
-    model = check_model(service, fields.model)
-    check_stream_options(fields)
+    fields, model = check_generation(service, body, COMPLETIONS, CompletionRequest)
     _check_fields(fields)
     params = _sampling(service, fields)
     prompts = await _prompts(service, fields)

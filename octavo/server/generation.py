@@ -10,10 +10,10 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -21,12 +21,16 @@ from octavo.errors import InvalidRequestError, OctavoError, QueueTimeoutError
 from octavo.frontend.input_processor import Prompt
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
+from octavo.server.body import check_body
 from octavo.server.deadline import Deadline
+from octavo.server.models import check_model
 from octavo.server.schemas.common import GenerationRequest
 from octavo.server.service import Engine, RequestRecord, Service, Ticket
+from octavo.server.unsupported import STREAM_OPTIONS, Unsupported, refuse_unsupported
 from octavo.utils.text import shorten
 
 logger = logging.getLogger(__name__)
+R = TypeVar("R", bound=GenerationRequest)
 Outputs = AsyncGenerator[RequestOutput, None]
 DEFAULT_TENANT = "default"
 BYTES_PER_TOKEN, BYTES_PER_LOGPROB = 64, 100
@@ -275,6 +279,24 @@ def _num_tokens_guess(prompt: Prompt) -> int:
         ids: Any = prompt.get("prompt_token_ids")
         return len(ids) if ids is not None else _num_tokens_guess(prompt.get("prompt") or "")
     return len(prompt)
+
+
+def check_generation(
+    service: Service, body: dict[str, Any], unsupported: Mapping[str, Unsupported], request_class: type[R]
+) -> tuple[R, str]:
+    """What all requests for text must hold to: the fields of ``body``, and the model's name to answer under.
+
+    Raises:
+        InvalidRequestError: ``param`` names the field.
+        MissingModelError, NotReadyError: See ``check_model``.
+    """
+    refuse_unsupported(body, unsupported)
+    if isinstance(body.get("stream_options"), dict):
+        refuse_unsupported(body["stream_options"], STREAM_OPTIONS, "stream_options.")
+    fields = check_body(request_class, body)
+    model = check_model(service, fields.model)
+    check_stream_options(fields)
+    return fields, model
 
 
 def check_stream_options(request: GenerationRequest) -> None:
