@@ -1,22 +1,25 @@
 """The ASGI application: routers behind request ids, CORS and whatever layers the service brings.
 
-Each area is a module with ``make_router(service)``, named in ROUTERS. Knows no route itself, and no web server: any
+Each area is a module with ``make_router(service)``, named in ROUTERS. Routes of fixed paths are called directly
+(``dispatch.py``); FastAPI finds the others and describes all of them. Knows no route itself, and no web server: any
 ASGI server can run what ``build_app`` returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from octavo.errors import OctavoError
 from octavo.server import admin, chat, completions, embeddings, health, metrics, models, requests, timeline, tokenize
+from octavo.server.dispatch import DirectRoutes, Dispatch, direct_routes
 from octavo.server.openai_errors import HTTPRefusal, error_response, log_internal
 from octavo.server.request_ids import request_ids
 from octavo.server.service import ASGIApp, Service
@@ -39,6 +42,16 @@ ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
 """One entry per area."""
 
 
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """All routes, without what stands in front of them."""
+
+    framework: FastAPI
+    """Finds every route, and describes them."""
+    direct: DirectRoutes
+    """Those that are called without it."""
+
+
 def build_app(service: Service) -> ASGIApp:
     """Put the application together.
 
@@ -48,7 +61,7 @@ def build_app(service: Service) -> ASGIApp:
     return with_layers(service, make_routes(service))
 
 
-def make_routes(service: Service) -> FastAPI:
+def make_routes(service: Service) -> Routes:
     """All routes, without what stands in front of them."""
     config = service.config
     docs = None if config.disable_fastapi_docs else "/docs"
@@ -59,16 +72,25 @@ def make_routes(service: Service) -> FastAPI:
         openapi_url=docs and "/openapi.json",
         redirect_slashes=False,
     )
-    for make_router in ROUTERS:
-        app.include_router(make_router(service))
+    routers = [make_router(service) for make_router in ROUTERS]
+    for router in routers:
+        app.include_router(router)
     _add_error_handlers(app, config.error_format)
-    return app
+    return Routes(app, direct_routes(routers))
 
 
-def with_layers(service: Service, app: ASGIApp) -> ASGIApp:
-    """``app`` behind the service's layers."""
+def with_layers(service: Service, routes: Routes) -> ASGIApp:
+    """``routes`` behind the service's layers."""
     config = service.config
-    stack: ASGIApp = _contained(app)
+
+    def answer_to(error: Exception, scope: MutableMapping[str, Any]) -> Response:
+        if isinstance(error, ClientGoneError | ClientDisconnect):
+            return Response(status_code=CLIENT_GONE)  # nobody reads it
+        if not isinstance(error, OctavoError):
+            log_internal(error, scope)
+        return error_response(error, config.error_format)
+
+    stack: ASGIApp = _contained(Dispatch(routes.direct, routes.framework, answer_to))
     stack = stack if config.root_path is None else _rooted(stack, config.root_path)
     for layer in reversed(service.layers):
         stack = layer(stack)
@@ -80,7 +102,18 @@ def with_layers(service: Service, app: ASGIApp) -> ASGIApp:
         allow_credentials=config.allow_credentials,
         expose_headers=["X-Request-Id"],
     )
-    return request_ids(with_cors, shown=config.enable_request_id_headers)
+    return request_ids(_only_for_browsers(with_cors, stack), shown=config.enable_request_id_headers)
+
+
+def _only_for_browsers(with_cors: ASGIApp, app: ASGIApp) -> ASGIApp:
+    """``app``, behind CORS only where that can make a difference: an answer to a POST is in no cache, so that one
+    without an origin gets nothing from it."""
+
+    def chosen(scope: MutableMapping[str, Any], receive: Any, send: Any) -> Awaitable[None]:
+        is_plain = scope.get("method") == "POST" and not any(name == b"origin" for name, _ in scope["headers"])
+        return (app if is_plain else with_cors)(scope, receive, send)
+
+    return chosen
 
 
 def _contained(app: ASGIApp) -> ASGIApp:
@@ -104,9 +137,9 @@ def _rooted(app: ASGIApp, root_path: str) -> ASGIApp:
     return rooted
 
 
-def describe_routes(app: FastAPI) -> list[str]:
+def describe_routes(routes: Routes) -> list[str]:
     """A line per route, for the log."""
-    paths: dict[str, Any] = app.openapi()["paths"]
+    paths: dict[str, Any] = routes.framework.openapi()["paths"]
     return [f"Route: {path}, Methods: {', '.join(sorted(each)).upper()}" for path, each in paths.items()]
 
 
@@ -135,4 +168,5 @@ def _add_error_handlers(app: FastAPI, error_format: str) -> None:
     app.add_exception_handler(OctavoError, on_octavo_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(ClientGoneError, on_client_gone)
+    app.add_exception_handler(ClientDisconnect, on_client_gone)
     app.add_exception_handler(Exception, on_other)

@@ -158,6 +158,21 @@ def test_every_route_is_listed(server: Server) -> None:
     assert "Route: /v1/chat/completions, Methods: POST" in lines
 
 
+def test_busy_routes_need_no_framework(server: Server) -> None:
+    """The framework's stack around a route costs as much as the route, and holds its frames while an answer streams."""
+    direct = make_routes(server.service).direct
+    assert {("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/embeddings")} <= set(direct)
+    assert {("GET", "/health"), ("GET", "/livez"), ("GET", "/metrics")} <= set(direct)
+    assert not any("{" in path for _, path in direct)
+
+
+def test_other_methods_and_paths_of_direct_routes(client: httpx.Client) -> None:
+    wrong = client.get("/v1/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    assert wrong.json()["error"]["code"] == "method_not_supported"
+    assert client.get("/v1/completions/").json()["error"]["code"] == "unknown_url"
+
+
 # ------------------------------------------------------------------------------------------------ flags of octavo serve
 
 
