@@ -18,6 +18,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from octavo.config.guard import GuardConfig
+from octavo.server.connection_writer import ConnectionWriter, extension_of
 from octavo.server.openai_errors import HTTPRefusal, error_response
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ class GuardedProtocol(HttpToolsProtocol):
     _is_in_head = True
     _num_head_bytes = 0
     _num_discarded = 0
+    writer: ConnectionWriter | None = None
+    """Of the request that is answered now, if its answer is written past ASGI."""
 
     # -------------------------------------------------------------------------------------------- connections
 
@@ -105,6 +108,18 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._linger is not None:
             self._linger.cancel()
         super().connection_lost(exc)
+        if self.writer is not None:
+            self.writer.connection_lost()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.writer is not None:
+            self.writer.pause_writing()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.writer is not None:
+            self.writer.resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -155,6 +170,8 @@ class GuardedProtocol(HttpToolsProtocol):
             raise _RefusalError
         self._is_in_head = False
         self._disarm()
+        scope: Any = self.scope
+        scope["extensions"] = extension_of(self)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
