@@ -89,7 +89,7 @@ class Frontend:
         )
         """Makes requests of a model that pools; None for one that generates."""
         self.outputs: OutputProcessor | PoolingOutputs = (
-            OutputProcessor(tokenizer, self.stats) if pooling is None else PoolingOutputs()
+            OutputProcessor(tokenizer, self.stats) if pooling is None else PoolingOutputs(self.stats)
         )
         self.next_id = itertools.count()
         num_blocks = client.ready.num_blocks

@@ -11,7 +11,7 @@ import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import Protocol, TypedDict, cast
 
 from octavo.config.model import ModelConfig
 from octavo.config.sections import PoolingConfig
@@ -256,10 +256,23 @@ class PoolingProcessor:
         )
 
 
-class PoolingOutputs:
-    """The unfinished requests of one client; has the methods of ``OutputProcessor``."""
+class PoolingObserver(Protocol):
+    """Is told of requests that have what they wanted; ``observability/request_stats.py`` counts them."""
 
-    def __init__(self) -> None:
+    def pooled(
+        self, num_prompt_tokens: int, stats: RequestStateStats, num_cached_tokens: int, now_s: float, /
+    ) -> None: ...
+
+
+class PoolingOutputs:
+    """The unfinished requests of one client; has the methods of ``OutputProcessor``.
+
+    Args:
+        observer: Counts what happens, if anybody wants to know.
+    """
+
+    def __init__(self, observer: PoolingObserver | None = None) -> None:
+        self._observer = observer
         self._requests: dict[str, ProcessedPooling] = {}
 
     @property
@@ -302,8 +315,14 @@ class PoolingOutputs:
         made: list[PoolingRequestOutput] = []
         for output in outputs:
             request = self._requests.pop(output.request_id, None)
-            if request is not None:
-                made.append(_output(request, output))
+            if request is None:
+                continue
+            answer = _output(request, output)
+            made.append(answer)
+            if self._observer is not None and answer.error is None and answer.metrics is not None:
+                self._observer.pooled(
+                    len(request.prompt_token_ids), answer.metrics, answer.num_cached_tokens or 0, time.time()
+                )
         return ProcessedOutputs(made, [])
 
 

@@ -98,26 +98,41 @@ class RequestStats:
         if stats.is_corrupted:
             self.count("corrupted_requests")
         params, num_tokens = request.params, stats.num_generation_tokens
-        self._observe("e2e_request_latency_seconds", now_s - stats.arrival_time)
-        self._observe("request_prompt_tokens", len(request.prompt_token_ids))
-        self._observe("request_prefill_kv_computed_tokens", len(request.prompt_token_ids) - num_cached_tokens)
+        self._whole(len(request.prompt_token_ids), stats, num_cached_tokens, now_s)
         self._observe("request_generation_tokens", num_tokens)
         self._observe("request_max_num_generation_tokens", num_tokens / params.n)
         self._observe("request_params_n", params.n)
         if params.max_tokens is not None:
             self._observe("request_params_max_tokens", params.max_tokens)
         first, last = stats.first_token_ts, stats.last_token_ts
-        if stats.scheduled_ts:
-            if stats.queued_ts:
-                self._observe("request_queue_time_seconds", stats.scheduled_ts - stats.queued_ts)
-            if first:
-                self._observe("request_prefill_time_seconds", first - stats.scheduled_ts)
-                self._observe("request_inference_time_seconds", last - stats.scheduled_ts)
         if first and last >= first:
             self._observe("request_decode_time_seconds", last - first)
             if num_tokens > params.n:
                 per_answer = num_tokens / params.n
                 self._observe("request_time_per_output_token_seconds", (last - first) / (per_answer - 1))
+
+    def pooled(self, num_prompt_tokens: int, stats: RequestStateStats, num_cached_tokens: int, now_s: float) -> None:
+        """A request has its vector or its scores: there are no tokens of an answer, and reading the text is all.
+
+        Args:
+            num_prompt_tokens: Of its text.
+            stats: Its times; ``first_token_ts`` is when the numbers were there. Unknown ones are 0.0 and not counted.
+            num_cached_tokens: Of its text.
+            now_s: ``time.time()``.
+        """
+        self._whole(num_prompt_tokens, stats, num_cached_tokens, now_s)
+
+    def _whole(self, num_prompt_tokens: int, stats: RequestStateStats, num_cached_tokens: int, now_s: float) -> None:
+        """What every kind of request has."""
+        self._observe("e2e_request_latency_seconds", now_s - stats.arrival_time)
+        self._observe("request_prompt_tokens", num_prompt_tokens)
+        self._observe("request_prefill_kv_computed_tokens", num_prompt_tokens - num_cached_tokens)
+        if stats.scheduled_ts:
+            if stats.queued_ts:
+                self._observe("request_queue_time_seconds", stats.scheduled_ts - stats.queued_ts)
+            if stats.first_token_ts:
+                self._observe("request_prefill_time_seconds", stats.first_token_ts - stats.scheduled_ts)
+                self._observe("request_inference_time_seconds", stats.last_token_ts - stats.scheduled_ts)
 
     def count(self, name: str, amount: int = 1, **labels: str) -> None:
         """Add to a counter.

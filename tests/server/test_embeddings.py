@@ -39,7 +39,7 @@ class Served:
         save(self.case, self.model, folder)
         save_tokenizer(folder)
         args = EngineArgs(model=str(folder), served_model_name=("tiny",), num_threads=1, max_num_seqs=8)
-        self.engine = AsyncLLM.from_engine_args(args, in_process=True)
+        self.engine = AsyncLLM.from_engine_args(args, in_process=True, log_stats=True)
         service = Service(config=ServerConfig(), engine=self.engine)
         self.service = service
         config = uvicorn.Config(build_app(service), host="127.0.0.1", port=0, log_level="warning", lifespan="off")
@@ -204,6 +204,27 @@ def test_one_bad_text_ends_the_request_and_leaves_nothing_behind(embedder: Serve
     assert embedder.post("/v1/embeddings", {"input": "w7"}).status_code == 200
     embedder.engine._frontend.client.call("check_books")
     assert embedder.engine._frontend.outputs.num_unfinished == 0
+
+
+def test_requests_that_pool_are_in_the_latencies(embedder: Served) -> None:
+    """Red when a dashboard of latencies stays empty in front of a model that pools."""
+
+    def counts() -> dict[str, float]:
+        lines = httpx.get(embedder.url + "/metrics").text.splitlines()
+        samples = [line.partition("{") for line in lines if "_count{" in line]
+        return {name.removeprefix("octavo:"): float(rest.rpartition(" ")[2]) for name, _, rest in samples}
+
+    before = counts()
+    assert embedder.post("/v1/embeddings", {"input": ["w5", "w6 w7", "w8"]}).status_code == 200
+    assert embedder.post("/v1/embeddings", {"input": "w5 " * 500}).status_code == 400
+    after = counts()
+    grown = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    for name in ("e2e_request_latency", "request_queue_time", "request_prefill_time", "request_inference_time"):
+        assert grown.pop(f"{name}_seconds_count") == 3, name
+    assert grown == {
+        "request_prompt_tokens_count": 3, "request_prefill_kv_computed_tokens_count": 3,
+        "iteration_tokens_total_count": grown["iteration_tokens_total_count"],
+    }  # fmt: skip
 
 
 def test_routes_are_described(embedder: Served) -> None:
