@@ -11,13 +11,14 @@ import asyncio
 import atexit
 import logging
 import threading
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, cast
 
 from octavo.config.args import EngineArgs
 from octavo.engine.frontend import AnyOutput, Frontend, start_frontend
+from octavo.engine.output_stream import Mail, Mailroom, Out, OutputStream
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import ProcessedRequest, Prompt, TokensPrompt
@@ -37,39 +38,6 @@ LONG_PROMPT_CHARS = 4096
 PUMP_SLICE_S = 1.0
 
 
-class _Stream:
-    """The outputs of one request on their way to its reader. Touched by the reader's event loop only."""
-
-    def __init__(self, *, is_delta: bool = False) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._is_delta = is_delta
-        self._pending: AnyOutput | None = None
-        self._error: BaseException | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        """Of the reader, while it waits. A bare future: one wake-up per token is worth it."""
-
-    def put(self, item: AnyOutput | BaseException) -> None:
-        if isinstance(item, BaseException):
-            self._error = item
-        elif self._pending is None:
-            self._pending = item
-        else:
-            assert isinstance(self._pending, RequestOutput) and isinstance(item, RequestOutput), "one answer per text"
-            self._pending.add(item, delta=self._is_delta)  # the reader fell behind
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    async def get(self) -> AnyOutput:
-        while self._pending is None:
-            if self._error is not None:
-                raise self._error
-            self._waiter = self.loop.create_future()
-            await self._waiter
-        output, self._pending = self._pending, None
-        return output
-
-
 class AsyncLLM:
     """An engine for asyncio. Make it with ``from_engine_args``; end it with ``shutdown`` or ``async with``.
 
@@ -79,8 +47,9 @@ class AsyncLLM:
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
-        self._lock = threading.Lock()  # guards the frontend's books and _streams
-        self._streams: dict[str, _Stream] = {}
+        self._lock = threading.Lock()  # guards the frontend's books, _streams and _mailrooms
+        self._streams: dict[str, OutputStream[Any]] = {}
+        self._mailrooms: dict[asyncio.AbstractEventLoop, Mailroom] = {}
         self._death: EngineDeadError | None = None
         self._is_stopping = False
         self._pump_thread = threading.Thread(target=self._pump, name="octavo-pump", daemon=True)
@@ -162,21 +131,53 @@ class AsyncLLM:
             InvalidRequestError, ContextLengthError, QueueFullError: The request was refused.
             EngineDeadError: The engine has ended.
         """
-        options = {"priority": priority, "tenant": tenant, "lora_request": lora_request}
         request_id = f"async-{next(self._frontend.next_id)}" if request_id is None else request_id
-        request = await self._process(request_id, prompt, sampling_params, options)
-        stream = _Stream(is_delta=request.params.output_kind is RequestOutputKind.DELTA)
-        self._submit(request, stream)
-        is_finished = False
+        stream = await self.open_stream(
+            [prompt], sampling_params, [request_id], priority=priority, tenant=tenant, lora_request=lora_request
+        )
         try:
-            while not is_finished:
-                output = await stream.get()
-                assert isinstance(output, RequestOutput)
-                is_finished = output.finished
-                yield output
+            while stream.num_open:
+                for output in await stream.get():
+                    yield output
         finally:
-            if not is_finished:
-                self._drop(request_id, stream)
+            stream.close()
+
+    async def open_stream(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | None,
+        request_ids: Sequence[str],
+        *,
+        priority: int = 0,
+        tenant: str = "default",
+        lora_request: object = None,
+    ) -> OutputStream[RequestOutput]:
+        """Generate for several prompts with one reader, who may be called instead of woken. ``generate`` stands on it.
+
+        Args:
+            prompts: Each as for ``generate``.
+            sampling_params: The same for all; None for the model's defaults.
+            request_ids: One per prompt, unique among the unfinished ones.
+            priority: Lower runs first, under the priority policy.
+            tenant: Whose requests they are.
+            lora_request: Not supported yet.
+
+        Returns:
+            To be closed by its reader; requests that are not finished then are aborted.
+
+        Raises:
+            InvalidRequestError, ContextLengthError, QueueFullError: A prompt was refused; none is queued.
+            EngineDeadError: The engine has ended.
+        """
+        options = {"priority": priority, "tenant": tenant, "lora_request": lora_request}
+        requests = [
+            await self._process(request_id, prompt, sampling_params, options)
+            for request_id, prompt in zip(request_ids, prompts, strict=True)
+        ]
+        is_delta = requests[0].params.output_kind is RequestOutputKind.DELTA
+        stream = OutputStream[RequestOutput](request_ids, self._mailroom(), self._drop, is_delta=is_delta)
+        self._submit(requests, stream)
+        return stream
 
     async def encode(
         self,
@@ -210,17 +211,12 @@ class AsyncLLM:
             request = await asyncio.to_thread(process, request_id, prompt, pooling_params, **options)
         else:
             request = self._frontend.process_pooling(request_id, prompt, pooling_params, **options)
-        stream = _Stream()
-        self._submit(request, stream)
-        is_finished = False
+        stream = OutputStream[PoolingRequestOutput]([request_id], self._mailroom(), self._drop)
+        self._submit([request], stream)
         try:
-            output = await stream.get()
-            is_finished = True
+            return (await stream.get())[0]
         finally:
-            if not is_finished:
-                self._drop(request_id, stream)
-        assert isinstance(output, PoolingRequestOutput)
-        return output
+            stream.close()
 
     async def abort(self, request_id: str | list[str], *, only_if_waiting: bool = False) -> None:
         """End requests early; their readers get a last output with ``finish_reason`` ``abort``. Unknown ids are
@@ -298,20 +294,39 @@ class AsyncLLM:
             return await asyncio.to_thread(self._frontend.process, request_id, prompt, params, **options)
         return self._frontend.process(request_id, prompt, params, **options)
 
-    def _submit(self, request: ProcessedRequest | ProcessedPooling, stream: _Stream) -> None:
+    def _mailroom(self) -> Mailroom:
+        """Of the event loop that runs."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            found = self._mailrooms.get(loop)
+            if found is None:
+                self._mailrooms = {each: room for each, room in self._mailrooms.items() if not each.is_closed()}
+                found = self._mailrooms[loop] = Mailroom(loop)
+        return found
+
+    def _submit(self, requests: Sequence[ProcessedRequest | ProcessedPooling], stream: OutputStream[Out]) -> None:
         with self._lock:
             self._check_alive()
-            self._frontend.submit(request)
-            self._streams[request.request_id] = stream
+            for index, request in enumerate(requests):
+                try:
+                    self._frontend.submit(request)
+                except OctavoError:
+                    self._forget(stream.request_ids[:index])
+                    raise
+                self._streams[request.request_id] = stream
 
-    def _drop(self, request_id: str, stream: _Stream) -> None:
+    def _drop(self, stream: OutputStream[Any]) -> None:
         """The reader has gone before the end."""
         with self._lock:
-            if self._streams.get(request_id) is not stream:
-                return  # finished or failed meanwhile; the id may even be in use again
+            # Those that finished or failed meanwhile are not its own any more; their ids may even be in use again.
+            self._forget([each for each in stream.request_ids if self._streams.get(each) is stream])
+
+    def _forget(self, request_ids: Sequence[str]) -> None:
+        """End requests whose reader wants nothing more. The lock is held."""
+        for request_id in request_ids:
             del self._streams[request_id]
-            if self.is_running:
-                self._frontend.abort([request_id])
+        if request_ids and self.is_running:
+            self._frontend.abort(list(request_ids))
 
     def _check_alive(self) -> None:
         if self._death is not None:
@@ -331,33 +346,32 @@ class AsyncLLM:
                     continue
                 with self._lock:
                     outputs, refusals = self._frontend.take(received)
-                    items: list[tuple[str, AnyOutput | BaseException]] = [
-                        (output.request_id, output) for output in outputs
-                    ]
-                    items += [(refusal.request_id, refusal.cause) for refusal in refusals]
-                    self._deliver(items)
+                    self._deliver(
+                        [
+                            *((output.request_id, output) for output in outputs),
+                            *((refusal.request_id, refusal.cause) for refusal in refusals),
+                        ]
+                    )
         except Exception as error:  # border of the thread: every reader must hear of it
             if not isinstance(error, OctavoError):
                 logger.exception("the output thread failed")
             self._fail(error)
 
-    def _deliver(self, items: list[tuple[str, AnyOutput | BaseException]]) -> None:
+    def _deliver(self, items: Iterable[tuple[str, AnyOutput | BaseException]]) -> None:
         """Hand each item to its stream, with one wake-up per event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, AnyOutput | BaseException]]] = {}
+        mail: dict[Mailroom, list[Mail]] = {}
         for request_id, item in items:
             is_last = isinstance(item, BaseException) or item.finished
             stream = self._streams.pop(request_id, None) if is_last else self._streams.get(request_id)
             if stream is not None:
-                by_loop.setdefault(stream.loop, []).append((stream, item))
-        for loop, pairs in by_loop.items():
+                mail.setdefault(stream.mailroom, []).append((stream, item))
+        for room, letters in mail.items():
             try:
-                loop.call_soon_threadsafe(_put_all, pairs)
+                room.post(letters)
             except RuntimeError:  # the loop was closed with requests running: nobody is left to read
-                gone = [request_id for request_id, stream in self._streams.items() if stream.loop is loop]
-                for request_id in gone:
-                    del self._streams[request_id]
+                gone = [request_id for request_id, stream in self._streams.items() if stream.mailroom is room]
                 with suppress(EngineDeadError):
-                    self._frontend.abort(gone)
+                    self._forget(gone)
 
     def _fail(self, cause: Exception) -> None:
         with self._lock:
@@ -397,8 +411,3 @@ def _num_chars(prompt: object) -> int:
     """Of the texts of a prompt."""
     texts = cast("Mapping[str, object]", prompt).values() if isinstance(prompt, Mapping) else (prompt,)
     return sum(len(text) for text in texts if isinstance(text, str))
-
-
-def _put_all(pairs: list[tuple[_Stream, AnyOutput | BaseException]]) -> None:
-    for stream, item in pairs:
-        stream.put(item)

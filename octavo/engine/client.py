@@ -85,7 +85,8 @@ class EngineClient(Protocol):
         ...
 
     def recv(self, timeout_s: float | None) -> EngineCoreOutputs | None:
-        """The next outputs, or None when there are none within ``timeout_s`` seconds (None = no limit).
+        """All outputs that have come and were not taken, those of several steps as of one, or None when there are none
+        within ``timeout_s`` seconds (None = no limit).
 
         An engine in this process computes inside this call, and a step is not interrupted: it may return later.
         """
@@ -163,7 +164,16 @@ class _PumpedClient(ABC):
                 self._pump(max(0.0, min(left_s, POLL_SLICE_S)))
                 if not self._outputs and deadline_s is not None and time.monotonic() >= deadline_s:
                     return None
-            return self._outputs.popleft()
+            return self._take_all()
+
+    def _take_all(self) -> EngineCoreOutputs:
+        """All that has arrived, as one: a frontend that is behind does its work once for several steps."""
+        first = self._outputs.popleft()
+        while self._outputs:
+            later = self._outputs.popleft()
+            first.outputs += later.outputs
+            first.snapshot = later.snapshot or first.snapshot
+        return first
 
     def call(self, method: str, *args: Any) -> Any:
         self._check_alive()

@@ -22,6 +22,7 @@ from octavo.engine.blame import RestartPolicy
 from octavo.engine.client import EngineClient, ZmqClient
 from octavo.engine.frontend import assemble
 from octavo.engine.launch import BUILD, LaunchListener, OnStarting, launch_engine
+from octavo.engine.output_stream import OutputStream
 from octavo.engine.replay import Launch, ReplayingClient
 from octavo.engine.watchdog import Watchdog, WatchSettings, end_group
 from octavo.errors import EngineDeadError, EngineRestartingError, OctavoError
@@ -237,6 +238,18 @@ class EngineSupervisor:
         return self.llm.generate(
             prompt, sampling_params, request_id, priority=priority, tenant=tenant, lora_request=lora_request
         )
+
+    async def open_stream(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | None,
+        request_ids: Sequence[str],
+        *,
+        priority: int = 0,
+        tenant: str = "default",
+    ) -> OutputStream[RequestOutput]:
+        """See ``AsyncLLM.open_stream``."""
+        return await self.llm.open_stream(prompts, sampling_params, request_ids, priority=priority, tenant=tenant)
 
     async def abort(self, request_id: str | list[str], *, only_if_waiting: bool = False) -> None:
         """See ``AsyncLLM.abort``."""
