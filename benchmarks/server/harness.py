@@ -149,6 +149,15 @@ class Server:
         )
         return {name: float(value) for name, _, value in samples}
 
+    def loop_lag(self) -> Lag:
+        """Of the HTTP process that answers, from its start."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        found = (line for line in lines if line.startswith("octavo:event_loop_lag_seconds_bucket"))
+        return Lag(
+            {float(line.partition('le="')[2].partition('"')[0]): float(line.rpartition(" ")[2]) for line in found}
+        )
+
     def metric(self, name: str, *labels: str) -> float:
         """Sum of the samples of ``octavo:name`` whose labels hold all of these texts."""
         return sum(
@@ -295,7 +304,8 @@ async def connect_many(port: int, requests: Iterable[bytes], *, per_second: floa
 
 
 class Probe:
-    """Asks ``/health`` all the time and notes how long each answer takes. Use as an async context manager.
+    """Asks ``/health`` all the time and notes how long each answer takes, in a process of its own: what the clients
+    here do must not be taken for the server's. Use as an async context manager.
 
     Args:
         port: Of the server.
@@ -303,31 +313,38 @@ class Probe:
     """
 
     def __init__(self, port: int, interval_s: float = 0.1) -> None:
-        self._port, self._interval_s = port, interval_s
+        self._command = [sys.executable, str(HERE / "probe.py"), str(port), str(interval_s)]
         self.latencies_s: list[float] = []
         self.num_failed = 0
 
     async def __aenter__(self) -> Probe:
-        self._task = asyncio.create_task(self._ask_all())
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        out, _ = await self._process.communicate()  # its input ends: so does it
+        found = json.loads(out)
+        self.latencies_s, self.num_failed = found["latencies_s"], found["num_failed"]
 
-    async def _ask_all(self) -> None:
-        while True:
-            begin_s = time.perf_counter()
-            try:
-                reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
-                writer.write(b"GET /health HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")
-                line = await reader.readline()
-                writer.close()
-                self.num_failed += b" 200 " not in line
-            except OSError:
-                self.num_failed += 1
-            self.latencies_s.append(time.perf_counter() - begin_s)
-            await asyncio.sleep(self._interval_s)
+
+@dataclass(frozen=True)
+class Lag:
+    """How late the server's event loop was, by its own histogram."""
+
+    buckets: dict[float, float]
+    """Upper bound to how many times it was late by no more."""
+
+    def since(self, before: Lag) -> Lag:
+        """What has come since then."""
+        return Lag({bound: count - before.buckets.get(bound, 0.0) for bound, count in self.buckets.items()})
+
+    def quantile(self, share: float) -> float:
+        """Upper bound of the bucket in which it lies; the largest of all for 1.0. 0.0 of nothing."""
+        total = max(self.buckets.values(), default=0.0)
+        reached = [bound for bound, count in self.buckets.items() if total and count >= share * total]
+        return min(reached, default=0.0)
 
 
 def quantile(values: Iterable[float], share: float) -> float:

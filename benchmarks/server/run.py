@@ -24,6 +24,7 @@ from typing import Any
 from harness import (
     FAKE,
     Client,
+    Lag,
     Probe,
     Server,
     completion,
@@ -34,7 +35,7 @@ from harness import (
     run_loop,
 )  # isort: skip
 
-ROOMY = [*FAKE, "--max-num-seqs", "6000", "--max-num-batched-tokens", "16384", "--stall-timeout", "60"]
+ROOMY = [*FAKE, "--max-num-seqs", "12000", "--max-num-batched-tokens", "16384", "--stall-timeout", "60"]
 Aims = dict[str, tuple[float, str, float]]
 """What was measured, ``<=`` or ``>=``, and the aim."""
 
@@ -51,7 +52,7 @@ class Scenario:
 async def streams(server: Server, scale: float) -> tuple[dict[str, Any], Aims]:
     """1,000 open streams at a token a second each."""
     count, tokens = max(10, int(1000 * scale)), 20
-    before = server.usage()
+    before, lag = server.usage(), server.loop_lag()
     async with Probe(server.port) as probe:
         requests = (completion(f"Story {index}", tokens) for index in range(count))
         clients = await connect_many(server.port, requests, per_second=500)
@@ -62,28 +63,39 @@ async def streams(server: Server, scale: float) -> tuple[dict[str, Any], Aims]:
         "errors": (num_bad(clients, tokens), "<=", 0),
         "gap_p99_s": (quantile((each.result.max_gap_s for each in clients), 0.99), "<=", 1.5),
         "rss_rise_mb": (during.rss_mb - before.rss_mb, "<=", 60),
-        "health_p99_s": (quantile(probe.latencies_s, 0.99), "<=", 0.2),
+        **is_quick(server, probe, lag),
     }
 
 
 async def idle_streams(server: Server, scale: float) -> tuple[dict[str, Any], Aims]:
     """5,000 open streams at a token in ten seconds each."""
-    count, tokens = max(10, int(5000 * scale)), 3
-    before = server.usage()
+    return await many_idle(server, max(10, int(5000 * scale)), all_open_s=15, rss_mb=150)
+
+
+async def idle_streams_10k(server: Server, scale: float) -> tuple[dict[str, Any], Aims]:
+    """10,000 of them."""
+    return await many_idle(server, max(10, int(10000 * scale)), all_open_s=30, rss_mb=300)
+
+
+async def many_idle(server: Server, count: int, *, all_open_s: float, rss_mb: float) -> tuple[dict[str, Any], Aims]:
+    """Streams that come a thousand a second and then get a token now and then."""
+    tokens = 3
+    before, lag = server.usage(), server.loop_lag()
     begin_s = time.perf_counter()
     async with Probe(server.port) as probe:
         requests = (completion(f"Story {index}", tokens) for index in range(count))
         clients = await connect_many(server.port, requests, per_second=1000)
-        await asyncio.wait([each.opened for each in clients], timeout=60)
+        await asyncio.wait([each.opened for each in clients], timeout=90)
         open_s = time.perf_counter() - begin_s
         during = server.usage()
         await wait_closed(clients, 180)
-    rise = during.rss_mb - before.rss_mb
-    return {"streams": count, "rss_kb_per_stream": 1024 * rise / count, **seen(clients, probe)}, {
+    rise, cpu_s = during.rss_mb - before.rss_mb, during.cpu_s - before.cpu_s
+    measured = {"streams": count, "rss_kb_per_stream": 1024 * rise / count, "cpu_ms_per_stream": 1000 * cpu_s / count}
+    return {**measured, **seen(clients, probe)}, {
         "errors": (num_bad(clients, tokens), "<=", 0),
-        "all_open_s": (open_s, "<=", 15),
-        "rss_rise_mb": (rise, "<=", 150),
-        "health_p99_s": (quantile(probe.latencies_s, 0.99), "<=", 0.2),
+        "all_open_s": (open_s, "<=", all_open_s),
+        "rss_rise_mb": (rise, "<=", rss_mb),
+        **is_quick(server, probe, lag),
     }
 
 
@@ -275,6 +287,16 @@ def num_bad(clients: list[Client], tokens: int) -> int:
     )
 
 
+def is_quick(server: Server, probe: Probe, before: Lag) -> Aims:
+    """Whether the server was quick to answer all the while. The lag is the upper bound of the histogram's bucket."""
+    lag = server.loop_lag().since(before)
+    return {
+        "health_p99_s": (quantile(probe.latencies_s, 0.99), "<=", 0.2),
+        "loop_lag_p99_s": (lag.quantile(0.99), "<=", 0.05),
+        "loop_lag_max_s": (lag.quantile(1.0), "<=", 0.25),
+    }
+
+
 def seen(clients: list[Client], probe: Probe | None = None) -> dict[str, Any]:
     """What goes into every row."""
     results = [each.result for each in clients]
@@ -293,6 +315,7 @@ def seen(clients: list[Client], probe: Probe | None = None) -> dict[str, Any]:
 SCENARIOS: dict[str, Scenario] = {
     "streams": Scenario(streams, ROOMY, {"FAKE_STEP_MS": "1000", "FAKE_JOIN_MS": "200"}),
     "idle-streams": Scenario(idle_streams, ROOMY, {"FAKE_STEP_MS": "10000", "FAKE_JOIN_MS": "2000"}),
+    "idle-streams-10k": Scenario(idle_streams_10k, ROOMY, {"FAKE_STEP_MS": "10000", "FAKE_JOIN_MS": "2000"}),
     "token-cost": Scenario(token_cost, ROOMY, {"FAKE_STEP_MS": "20"}),
     "slow-readers": Scenario(slow_readers, [*ROOMY, "--stream-stall-timeout", "10"], {"FAKE_STEP_MS": "5"}),
     "slowloris": Scenario(slowloris, ROOMY, {"FAKE_STEP_MS": "5"}),

@@ -59,6 +59,7 @@ HELP: Mapping[str, str] = {
     "request_params_n": "Answers asked for per request.",
     "request_params_max_tokens": "max_tokens of requests that set it.",
     "request_prefill_kv_computed_tokens": "Prompt tokens per request that were not in the prefix cache.",
+    "event_loop_lag_seconds": "How late the HTTP process came to what was due, looked at ten times a second.",
     "http_requests": "Answered HTTP requests by route, method and status.",
     "engine_restarts": "Times that the engine's process was started again after it had died.",
     "requests_replayed": "Sequences that were open when an engine died, and went on with the next.",

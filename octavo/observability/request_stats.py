@@ -14,6 +14,7 @@ import msgspec
 
 from octavo.observability.histogram import (
     ANSWERS_PER_REQUEST,
+    SECONDS_OF_LAG,
     SECONDS_PER_REQUEST,
     SECONDS_PER_TOKEN,
     SECONDS_TO_FIRST_TOKEN,
@@ -38,6 +39,7 @@ BOUNDS: Mapping[str, Sequence[float]] = {
     "request_params_n": ANSWERS_PER_REQUEST,
     "request_params_max_tokens": TOKENS_PER_REQUEST,
     "request_prefill_kv_computed_tokens": TOKENS_PER_REQUEST,
+    "event_loop_lag_seconds": SECONDS_OF_LAG,
 }
 """The distributions that are kept."""
 MAX_SERIES = 1000
@@ -110,6 +112,10 @@ class RequestStats:
             if num_tokens > params.n:
                 per_answer = num_tokens / params.n
                 self._observe("request_time_per_output_token_seconds", (last - first) / (per_answer - 1))
+
+    def loop_lag(self, lag_s: float) -> None:
+        """A timer of the HTTP process was so late."""
+        self._observe("event_loop_lag_seconds", lag_s)
 
     def pooled(self, num_prompt_tokens: int, stats: RequestStateStats, num_cached_tokens: int, now_s: float) -> None:
         """A request has its vector or its scores: there are no tokens of an answer, and reading the text is all.

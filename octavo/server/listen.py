@@ -28,7 +28,12 @@ from octavo.server.protocol import limits_of, make_protocol
 from octavo.utils.logging import ROOT
 
 logger = logging.getLogger(__name__)
-BACKLOG = 2048
+BACKLOG = 16384
+"""Connections that wait to be accepted; the system's own limit is lower. A client that finds no place tries again in a
+second at the earliest."""
+ACCEPTS_PER_TURN = 16
+"""uvloop accepts one connection per listener in a turn of the loop, so a burst of them would wait for as many turns: it
+gets this many handles of the one listener."""
 CLOSE_TIMEOUT_S = 5
 """How long connections get to close once the last request is done."""
 
@@ -195,10 +200,12 @@ def run(app: Any, config: ServerConfig, lifecycle: Lifecycle, listener: socket.s
     """
     server = WebServer(web_config(app, config), lifecycle)
     logger.info("Uvicorn running on %s (Press CTRL+C to quit)", address_of(listener, config))
+    handles = [listener, *(listener.dup() for _ in range(ACCEPTS_PER_TURN - 1))]
     try:
-        server.run(sockets=[listener])
+        server.run(sockets=handles)
     finally:
-        listener.close()
+        for each in handles:
+            each.close()
         if config.uds is not None:
             Path(config.uds).unlink(missing_ok=True)
     return lifecycle.status

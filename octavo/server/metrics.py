@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from octavo.observability.loop_lag import LoopLag
 from octavo.observability.metrics import Metric, request_metrics, restart_metrics
 from octavo.observability.prometheus import CONTENT_TYPE, render
 from octavo.observability.request_stats import RequestStats, StatsRecord
@@ -35,6 +36,7 @@ class ServerMetrics:
     def __init__(self, service: Service, *, share_folder: str | None = None, index: int = 0) -> None:
         self._service = service
         self._http = RequestStats()
+        self._lag: LoopLag | None = None
         self._share = None
         if share_folder is not None:
             self._share = StatsShare(self._record, share_folder, index)
@@ -74,6 +76,8 @@ class ServerMetrics:
                 await app(scope, receive, send)
                 return
             status = 0
+            if self._lag is None:  # the first request: now there is a loop to be watched
+                self._lag = LoopLag(self._http.loop_lag)
 
             async def watch(message: MutableMapping[str, Any]) -> None:
                 nonlocal status
@@ -91,6 +95,8 @@ class ServerMetrics:
 
     def close(self) -> None:
         """Leave the last numbers to the siblings."""
+        if self._lag is not None:
+            self._lag.stop()
         if self._share is not None:
             self._share.close()
 

@@ -8,6 +8,7 @@ The application does not depend on this module; another ASGI server can run it b
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import resource
 import time
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from octavo.config.guard import GuardConfig
 from octavo.server.connection_writer import ConnectionWriter, extension_of
 from octavo.server.openai_errors import HTTPRefusal, error_response
+from octavo.server.start_gate import StartGate
 
 logger = logging.getLogger(__name__)
 MAX_PIPELINED = 1000
@@ -83,6 +85,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     limits: ConnectionLimits
     log: RareLog
+    gate: StartGate
 
     _refusal: HTTPRefusal | None = None
     _timer: asyncio.TimerHandle | None = None
@@ -198,6 +201,14 @@ class GuardedProtocol(HttpToolsProtocol):
 
     # ------------------------------------------------------------------------------------------------- details
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        # What may be long work waits for its turn; a health check does not wait behind it.
+        start = super()._start_asgi_task
+        if cycle.scope["method"] == "POST":
+            self.gate.put(self.loop, functools.partial(start, cycle, app))
+        else:
+            start(cycle, app)
+
     @property
     def _is_answering(self) -> bool:
         cycle: Any = self.cycle  # uvicorn declares it without the None that it is at first
@@ -238,4 +249,4 @@ class GuardedProtocol(HttpToolsProtocol):
 
 def make_protocol(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
     """A protocol class for ``uvicorn.Config(http=...)``."""
-    return type("LimitedProtocol", (GuardedProtocol,), {"limits": limits, "log": RareLog()})
+    return type("LimitedProtocol", (GuardedProtocol,), {"limits": limits, "log": RareLog(), "gate": StartGate()})
