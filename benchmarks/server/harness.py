@@ -324,7 +324,7 @@ class Probe:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        out, _ = await self._process.communicate()  # its input ends: so does it
+        out, _ = await self._process.communicate(b"")  # its input ends: so does it
         found = json.loads(out)
         self.latencies_s, self.num_failed = found["latencies_s"], found["num_failed"]
 
