@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +91,7 @@ def make_router(service: Service) -> APIRouter:
             check_outputs(outputs, chat.generation.params)
             return json_answer(_answer(chat, outputs[0]))
         return EventStream(
-            _chunks(chat),
+            _ChatEvents(chat),
             chat.generation,
             service.stall_guard,
             error_format=service.config.error_format,
@@ -297,36 +296,42 @@ class _ChoiceStream:
         return encode(delta)
 
 
-async def _chunks(chat: _Chat) -> AsyncGenerator[bytes, None]:
-    """The events of a stream."""
-    options = chat.request.stream_options
-    wants_usage = bool(options and options.include_usage) or chat.service.config.enable_force_include_usage
-    continuous = bool(options and options.continuous_usage_stats)
-    template = ChunkTemplate(head(chat.generation, "chat.completion.chunk"))
-    choices = [_ChoiceStream(chat, index) for index in range(chat.generation.params.n)]
-    is_first, last = True, None
-    tail = b',"usage":null' if wants_usage else b""
-    async with aclosing(chat.generation.stream()) as outputs:
-        async for output in outputs:
-            last = output
-            if continuous:
-                tail = b',"usage":' + encode(usage_of([output], chat.reasoning_tokens))
-            if is_first:
-                is_first = False
-                yield template.chunk(b",".join([each.first() for each in choices]), _first_tail(chat, output, tail))
-            event = b",".join([part for answer in output.outputs if (part := choices[answer.index].choice(answer))])
-            if event:
-                yield template.chunk(event, tail)
-    if last is None:
-        return
-    log_answer(chat.generation, [each.logged for each in choices])
-    ending = b""
-    if chat.request.include_metrics or (wants_usage and chat.request.include_metrics is not False):
-        ending = b',"metrics":' + encode(metrics_of([last]))
-    if wants_usage or ending:
-        yield template.chunk(
-            b"", (b',"usage":' + encode(usage_of([last], chat.reasoning_tokens)) if wants_usage else b"") + ending
-        )
+class _ChatEvents:
+    """The events of a stream. See ``sse.Events``."""
+
+    def __init__(self, chat: _Chat) -> None:
+        options = chat.request.stream_options
+        self._chat = chat
+        self._wants_usage = bool(options and options.include_usage) or chat.service.config.enable_force_include_usage
+        self._has_usage_always = bool(options and options.continuous_usage_stats)
+        self._template = ChunkTemplate(head(chat.generation, "chat.completion.chunk"))
+        self._choices = [_ChoiceStream(chat, index) for index in range(chat.generation.params.n)]
+        self._tail = b',"usage":null' if self._wants_usage else b""
+        self._newest: RequestOutput | None = None
+
+    def of(self, outputs: Sequence[RequestOutput]) -> bytes:
+        """See ``sse.Events``. There is one prompt, so one output."""
+        (output,) = outputs
+        chat, choices, first = self._chat, self._choices, b""
+        if self._has_usage_always:
+            self._tail = b',"usage":' + encode(usage_of([output], chat.reasoning_tokens))
+        if self._newest is None:
+            first = self._template.chunk(
+                b",".join([each.first() for each in choices]), _first_tail(chat, output, self._tail)
+            )
+        self._newest = output
+        event = b",".join([part for answer in output.outputs if (part := choices[answer.index].choice(answer))])
+        return first + self._template.chunk(event, self._tail) if event else first
+
+    def ending(self) -> bytes:
+        """See ``sse.Events``."""
+        chat, newest = self._chat, self._newest
+        assert newest is not None, "a request has at least one output"
+        log_answer(chat.generation, [each.logged for each in self._choices])
+        tail = b',"usage":' + encode(usage_of([newest], chat.reasoning_tokens)) if self._wants_usage else b""
+        if chat.request.include_metrics or (self._wants_usage and chat.request.include_metrics is not False):
+            tail += b',"metrics":' + encode(metrics_of([newest]))
+        return self._template.chunk(b"", tail) if tail else b""
 
 
 def _first_tail(chat: _Chat, output: RequestOutput, tail: bytes) -> bytes:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +82,7 @@ def make_router(service: Service) -> APIRouter:
             check_outputs(outputs, completion.generation.params)
             return json_answer(_answer(completion, outputs))
         return EventStream(
-            _chunks(completion),
+            _CompletionEvents(completion),
             completion.generation,
             service.stall_guard,
             error_format=service.config.error_format,
@@ -329,32 +328,43 @@ class _ChoiceStream:
         return self._columns.columns(positions, texts)
 
 
-async def _chunks(completion: _Completion) -> AsyncGenerator[bytes, None]:
-    """The events of a stream."""
-    request, generation = completion.request, completion.generation
-    options = request.stream_options
-    wants_usage = bool(options and options.include_usage) or completion.service.config.enable_force_include_usage
-    continuous = bool(options and options.continuous_usage_stats)
-    template = ChunkTemplate(head(generation, "text_completion"))
-    num_each = generation.params.n
-    choices = [_ChoiceStream(completion, index) for index in range(num_each * len(generation.prompts))]
-    lasts: dict[int, RequestOutput] = {}
-    tail = b',"usage":null' if wants_usage else b""
-    async with aclosing(generation.stream()) as outputs:
-        async for output in outputs:
-            index = generation.index_of(output)
-            lasts[index] = output
-            if continuous:
-                tail = b',"usage":' + encode(completion.usage(lasts.values()))
-            parts = [choices[index * num_each + each.index].choice(output, each) for each in output.outputs]
-            event = b",".join([part for part in parts if part])
-            if event:
-                yield template.chunk(event, tail)
-    log_answer(generation, [each.logged for each in choices])
-    ending = b""
-    if request.include_metrics or (wants_usage and request.include_metrics is not False):
-        ending = b',"metrics":' + encode(metrics_of(list(lasts.values())))
-    if wants_usage or ending:
-        yield template.chunk(
-            b"", (b',"usage":' + encode(completion.usage(lasts.values())) if wants_usage else b"") + ending
+class _CompletionEvents:
+    """The events of a stream. See ``sse.Events``."""
+
+    def __init__(self, completion: _Completion) -> None:
+        request, generation = completion.request, completion.generation
+        options = request.stream_options
+        self._completion = completion
+        self._wants_usage = (
+            bool(options and options.include_usage) or completion.service.config.enable_force_include_usage
         )
+        self._has_usage_always = bool(options and options.continuous_usage_stats)
+        self._template = ChunkTemplate(head(generation, "text_completion"))
+        self._num_each = generation.params.n
+        self._choices = [_ChoiceStream(completion, index) for index in range(self._num_each * len(generation.prompts))]
+        self._newest: dict[int, RequestOutput] = {}
+        self._tail = b',"usage":null' if self._wants_usage else b""
+
+    def of(self, outputs: Sequence[RequestOutput]) -> bytes:
+        """See ``sse.Events``."""
+        return b"".join([self._event(output) for output in outputs])
+
+    def _event(self, output: RequestOutput) -> bytes:
+        completion = self._completion
+        index = completion.generation.index_of(output)
+        self._newest[index] = output
+        if self._has_usage_always:
+            self._tail = b',"usage":' + encode(completion.usage(self._newest.values()))
+        first = index * self._num_each
+        parts = [self._choices[first + each.index].choice(output, each) for each in output.outputs]
+        event = b",".join([part for part in parts if part])
+        return self._template.chunk(event, self._tail) if event else b""
+
+    def ending(self) -> bytes:
+        """See ``sse.Events``."""
+        completion, wants_metrics = self._completion, self._completion.request.include_metrics
+        log_answer(completion.generation, [each.logged for each in self._choices])
+        tail = b',"usage":' + encode(completion.usage(self._newest.values())) if self._wants_usage else b""
+        if wants_metrics or (self._wants_usage and wants_metrics is not False):
+            tail += b',"metrics":' + encode(metrics_of(list(self._newest.values())))
+        return self._template.chunk(b"", tail) if tail else b""

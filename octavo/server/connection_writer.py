@@ -101,6 +101,10 @@ class ConnectionWriter:
         if not self._is_framed:
             self._cycle.expected_content_length = num_bytes
 
+    def abort(self) -> None:
+        """Close the connection at once; what was written and not taken is thrown away."""
+        self._cycle.transport.abort()
+
     @property
     def is_paused(self) -> bool:
         """Whether the client has not taken what was written before."""

@@ -10,13 +10,13 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from octavo.engine.output_stream import OutputSink, OutputStream
 from octavo.errors import InvalidRequestError, OctavoError, QueueTimeoutError
 from octavo.frontend.input_processor import Prompt
 from octavo.outputs import RequestOutput
@@ -31,7 +31,6 @@ from octavo.utils.text import shorten
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R", bound=GenerationRequest)
-Outputs = AsyncGenerator[RequestOutput, None]
 DEFAULT_TENANT = "default"
 BYTES_PER_TOKEN, BYTES_PER_LOGPROB = 64, 100
 """About what a token, and one entry of its log-probabilities, take while they wait for a reader."""
@@ -74,10 +73,11 @@ class Generation:
     created_s: int = field(default_factory=lambda: int(time.time()))
     _engine_ids: list[str] = field(default_factory=list[str])
     _ticket: Ticket | None = None
+    _stream: OutputStream[RequestOutput] | None = None
+    _patience: asyncio.Task[None] | None = None
     _index: dict[str, int] = field(default_factory=dict[str, int])
     """Engine id to the place of its prompt."""
     _last: dict[str, RequestOutput] = field(default_factory=dict[str, RequestOutput])
-    _num_taken: dict[str, int] = field(default_factory=dict[str, int])
     _reasons: list[str] = field(default_factory=list[str])
     _error: BaseException | None = None
     _is_open: bool = False
@@ -115,11 +115,17 @@ class Generation:
         deadline = self.deadline()
         finished: dict[int, RequestOutput] = {}
         try:
-            async with deadline.scope(), aclosing(self.stream()) as outputs:
-                async for output in outputs:
-                    finished[self.index_of(output)] = output
+            async with deadline.scope():
+                await self.start()
+                while self.num_open:
+                    for output in await self.next():
+                        finished[self.index_of(output)] = output
         except TimeoutError:
-            raise deadline.error() from None
+            self._error = deadline.error()
+            raise self._error from None
+        except BaseException as error:
+            self._error = error
+            raise
         finally:
             self.close()
         return [finished[index] for index in range(len(self.prompts))]
@@ -128,29 +134,58 @@ class Generation:
         """Which prompt an output belongs to."""
         return self._index[output.request_id]
 
-    async def stream(self) -> Outputs:
-        """All outputs as they come; ``index_of`` tells whose each is."""
+    async def start(self) -> None:
+        """Give the prompts to the engine. ``close`` must follow, whatever happens.
+
+        Raises:
+            OctavoError: A prompt was refused; none runs.
+        """
         if not self._is_open:
             self.admit()
         engine = self.service.need_engine
-        source: Outputs = self._one(engine, 0) if len(self.prompts) == 1 else self._merged(engine)
-        patience = self._limit_queueing(engine)
-        try:
-            async with aclosing(source) as outputs:
-                async for output in outputs:
-                    if not self._last:
-                        self._check_waited(output)
-                        if self._ticket is not None:
-                            self._ticket.started()
-                    self._note(output)
-                    yield output
-        except BaseException as error:
-            self._error = error
-            raise
-        finally:
-            if patience is not None:
-                patience.cancel()
-            self.close()
+        self._stream = await engine.open_stream(
+            self.prompts, self.params, self._engine_ids, priority=self.priority, tenant=self.tenant
+        )
+        self._patience = self._limit_queueing(engine)
+
+    @property
+    def num_open(self) -> int:
+        """Prompts whose last output was not taken yet."""
+        return self._started.num_open
+
+    async def next(self) -> list[RequestOutput]:
+        """What is new, at most one output per prompt; ``index_of`` tells whose each is. Cancelling loses nothing.
+
+        Raises:
+            OctavoError: A prompt was refused, or the engine has ended.
+        """
+        outputs = await self._started.get()
+        self.note(outputs)
+        return outputs
+
+    def attach(self, sink: OutputSink[RequestOutput], *, is_paused: bool) -> None:
+        """Let ``sink`` be called instead of waiting in ``next``. It passes all that it gets to ``note``.
+
+        Args:
+            sink: Whom to call.
+            is_paused: Whether not before ``resume``.
+        """
+        self._started.attach(sink, is_paused=is_paused)
+
+    def pause(self) -> None:
+        """Join outputs instead of giving them to the sink."""
+        if self._stream is not None:
+            self._stream.pause()
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+        if self._stream is not None:
+            self._stream.resume()
+
+    @property
+    def _started(self) -> OutputStream[RequestOutput]:
+        assert self._stream is not None, "start comes first"
+        return self._stream
 
     def _limit_queueing(self, engine: Engine) -> asyncio.Task[None] | None:
         """Ends the request after ``max_queue_ms`` unless the engine has begun with it."""
@@ -172,69 +207,45 @@ class Generation:
                 "again later, or allow more"
             )
 
-    def _one(self, engine: Engine, index: int) -> Outputs:
-        return engine.generate(
-            self.prompts[index],
-            self.params,
-            self._engine_ids[index],
-            priority=self.priority,
-            tenant=self.tenant,
-        )
-
-    async def _merged(self, engine: Engine) -> Outputs:
-        """Several prompts at once. The queue holds one output per prompt at most, so that a slow reader's wait at the
-        engine, where they are joined."""
-        arrived: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
-        slots = [asyncio.Semaphore(1) for _ in self.prompts]
-
-        async def read(index: int) -> None:
-            try:
-                async with aclosing(self._one(engine, index)) as outputs:
-                    async for item in outputs:
-                        await slots[index].acquire()
-                        arrived.put_nowait(item)
-                arrived.put_nowait(None)
-            except Exception as error:  # told to the request's own task
-                arrived.put_nowait(error)
-
-        readers = [asyncio.create_task(read(index)) for index in range(len(self.prompts))]
-        num_running = len(readers)
-        try:
-            while num_running:
-                item = await arrived.get()
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    num_running -= 1
-                    continue
-                slots[self.index_of(item)].release()
-                yield item
-        finally:
-            for reader in readers:
-                reader.cancel()
-            with suppress(asyncio.CancelledError):
-                await asyncio.gather(*readers, return_exceptions=True)
-
     @property
     def pending_bytes(self) -> int:
-        """About how much has come for this request that its reader has not taken. Its statistics are the engine
-        side's own object, so they are always of now."""
-        behind = sum(num_tokens_of(output) - self._num_taken[key] for key, output in self._last.items())
+        """About how much has come for this request that its reader has not taken."""
+        if self._stream is None:
+            return 0
+        waiting = sum(len(answer.token_ids) for output in self._stream.waiting for answer in output.outputs)
         logprobs = self.params.logprobs
-        return behind * (BYTES_PER_TOKEN + (0 if logprobs is None else BYTES_PER_LOGPROB * (logprobs + 1)))
+        return waiting * (BYTES_PER_TOKEN + (0 if logprobs is None else BYTES_PER_LOGPROB * (logprobs + 1)))
 
-    def _note(self, output: RequestOutput) -> None:
-        self._last[output.request_id] = output
-        self._num_taken[output.request_id] = num_tokens_of(output)
-        for answer in output.outputs:
-            if answer.finish_reason is not None:
-                self._reasons.append(answer.finish_reason)
+    def note(self, outputs: Sequence[RequestOutput]) -> None:
+        """Keep account of outputs that are about to be shown.
 
-    def close(self) -> None:
-        """Give back what ``admit`` took, and tell the observers. May be called twice."""
+        Raises:
+            QueueTimeoutError: The request has ended because it waited too long.
+        """
+        if not self._last:
+            self._check_waited(outputs[0])
+            if self._ticket is not None:
+                self._ticket.started()
+        for output in outputs:
+            self._last[output.request_id] = output
+            for answer in output.outputs:
+                if answer.finish_reason is not None:
+                    self._reasons.append(answer.finish_reason)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End what still runs, give back what ``admit`` took, and tell the observers. May be called twice.
+
+        Args:
+            error: What ended the request before its time.
+        """
         if not self._is_open:
             return
         self._is_open = False
+        self._error = self._error or error
+        if self._stream is not None:
+            self._stream.close()
+        if self._patience is not None:
+            self._patience.cancel()
         self.service.open_requests.close(self.request_id)
         if self._ticket is not None:
             self._ticket.close()

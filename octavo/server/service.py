@@ -11,12 +11,13 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from octavo.config.server import ServerConfig
+from octavo.engine.output_stream import OutputStream
 from octavo.errors import OctavoError
 from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import Prompt, TokensPrompt
@@ -62,15 +63,15 @@ class Engine(Protocol):
     def errored(self) -> bool: ...
     @property
     def is_running(self) -> bool: ...
-    def generate(
+    async def open_stream(
         self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        request_id: str | None = None,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | None,
+        request_ids: Sequence[str],
         *,
         priority: int = 0,
         tenant: str = "default",
-    ) -> AsyncGenerator[RequestOutput, None]: ...
+    ) -> OutputStream[RequestOutput]: ...
     async def encode(
         self,
         prompt: object,

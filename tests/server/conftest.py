@@ -22,6 +22,7 @@ from octavo.config.args import EngineArgs
 from octavo.config.server import ServerConfig
 from octavo.engine.async_llm import AsyncLLM
 from octavo.server.app import build_app
+from octavo.server.protocol import limits_of, make_protocol
 from octavo.server.service import Service
 
 CONTEXT = 256
@@ -74,7 +75,10 @@ def start_server(tiny_engine: AsyncLLM) -> Iterator[Callable[..., Server]]:
         service.engine = tiny_engine
         if prepare is not None:
             prepare(service)
-        config = uvicorn.Config(build_app(service), host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+        protocol = make_protocol(limits_of(service.config))
+        config = uvicorn.Config(
+            build_app(service), host="127.0.0.1", port=0, http=protocol, log_level="warning", lifespan="off"
+        )
         server = _Quiet(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -78,34 +78,35 @@ def open_ids(server: Server) -> list[str]:
     return list(server.service.open_requests._engine_ids)
 
 
-class Unread:
-    """A generation whose events nobody takes."""
+class Endless:
+    """A generation that goes on, and its events."""
 
     def __init__(self, pending_bytes: int = 0) -> None:
         self.pending_bytes = pending_bytes
-        self.num_closed = 0
-        self.has_ended = False
+        self.num_open = 1
+        self.errors: list[BaseException | None] = []
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        try:
-            while True:
-                yield b"data: x\n\n"
-        finally:
-            self.has_ended = True
+    async def next(self) -> list[Any]:
+        return [None]
+
+    async def start(self) -> None: ...
+
+    def of(self, _outputs: Any) -> bytes:
+        return b"data: x\n\n"
 
     def deadline(self) -> Deadline:
         return Deadline(None)
 
-    def close(self) -> None:
-        self.num_closed += 1
+    def close(self, error: BaseException | None = None) -> None:
+        self.errors.append(error)
 
 
 @pytest.mark.parametrize(("timeout_s", "pending_bytes"), [(0.05, 0), (0.4, 2 << 20)], ids=["too long", "too much"])
 def test_a_reader_that_takes_nothing_is_cut_off(timeout_s: float, pending_bytes: int) -> None:
-    """Red when a stream goes on for somebody who does not read: its events are closed, and it ends."""
+    """Red when a stream goes on for somebody who does not read: what it is a stream of is closed, and it ends."""
 
-    async def run() -> tuple[Unread, int]:
-        unread, num_sent = Unread(pending_bytes), 0
+    async def run() -> tuple[Endless, int]:
+        endless, num_sent = Endless(pending_bytes), 0
 
         async def send(_message: Any) -> None:
             nonlocal num_sent
@@ -116,19 +117,21 @@ def test_a_reader_that_takes_nothing_is_cut_off(timeout_s: float, pending_bytes:
         async def receive() -> Any:
             await asyncio.Event().wait()
 
-        stream = EventStream(unread.events(), unread, StallGuard(timeout_s))
-        await stream({"type": "http"}, receive, send)
-        return unread, num_sent
+        parts: Any = endless
+        await EventStream(parts, parts, StallGuard(timeout_s))({"type": "http"}, receive, send)
+        return endless, num_sent
 
-    unread, num_sent = asyncio.run(run())
-    assert (unread.has_ended, unread.num_closed, num_sent) == (True, 1, 4)
+    endless, num_sent = asyncio.run(run())
+    assert isinstance(endless.errors[0], asyncio.CancelledError)
+    assert num_sent == 4
 
 
 def test_a_slow_reader_gets_everything_in_fewer_pieces(server: Server) -> None:
     """What comes while a reader is busy waits for it as one piece, with all of its tokens and logprobs."""
 
     async def run() -> tuple[list[str], int, int]:
-        outputs = server.service.need_engine.generate(
+        engine: Any = server.service.engine
+        outputs = engine.generate(
             [5, 6, 7], SamplingParams(max_tokens=60, ignore_eos=True, logprobs=1, output_kind=RequestOutputKind.DELTA)
         )
         texts, num_tokens, num_logprobs = [], 0, 0
@@ -151,11 +154,14 @@ def test_what_waits_for_a_reader_is_known(server: Server) -> None:
             params=SamplingParams(max_tokens=40, ignore_eos=True, output_kind=RequestOutputKind.DELTA),
         )  # fmt: skip
         seen: list[int] = []
-        async for output in generation.stream():
+        await generation.start()
+        while generation.num_open:
+            (output,) = await generation.next()
             if not seen:
-                while output.metrics.num_generation_tokens < 20:
+                while output.metrics is not None and output.metrics.num_generation_tokens < 20:
                     await asyncio.sleep(0.005)
             seen.append(generation.pending_bytes)
+        generation.close()
         return seen
 
     seen = asyncio.run(run())
