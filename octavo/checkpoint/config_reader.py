@@ -1,17 +1,18 @@
 """From what a model folder or a GGUF file says to a checked ``ModelConfig``.
 
 A GGUF header is first put into the words of ``config.json`` (``gguf_config.py``), so that one piece of code checks both
-and ``hf_overrides`` mean the same for both. Knows no torch and no model class; runs no code of the model, and notes
-of ``auto_map`` only that there is one. Every complaint names the file and the field.
+and ``hf_overrides`` mean the same for both. Knows no torch and no model class; runs no code of the model: who may do so
+(``trust_remote_code``) hands in a function that does. Every complaint names the file and the field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from octavo.checkpoint.code import FIELD, read_code
 from octavo.checkpoint.families import ARCHITECTURES, BOTH_WAYS, DEFAULTS, language_model
 from octavo.checkpoint.files import read_json_object
 from octavo.checkpoint.foreign import foreign_defaults, has_unknown_layers
@@ -22,7 +23,7 @@ from octavo.checkpoint.mla import expand_mla, read_mla
 from octavo.checkpoint.moe import read_moe
 from octavo.checkpoint.rope import read_layer_ropes, read_rope
 from octavo.checkpoint.values import Fields
-from octavo.config.model import ModelConfig
+from octavo.config.model import CheckpointCode, ModelConfig
 from octavo.errors import CheckpointError, ConfigError, ModelNotFoundError
 
 _HAS_SINKS = frozenset({"gpt_oss"})
@@ -31,15 +32,21 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _GENERATION_FIELDS = ("temperature", "top_p", "min_p", "repetition_penalty")
 MAX_DIMENSION = 1 << 24
 MAX_LAYERS = 4096
+RunCode = Callable[[CheckpointCode, Mapping[str, Any]], "dict[str, Any] | None"]
+"""From the fields of config.json to those that the checkpoint's own config class makes of them; None when the model
+runs without the checkpoint's code."""
 
 
-def read_model_config(located: LocatedModel, hf_overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+def read_model_config(
+    located: LocatedModel, hf_overrides: Mapping[str, Any] | None = None, run_code: RunCode | None = None
+) -> ModelConfig:
     """Read and check the config of a located model.
 
     Args:
         located: From ``locate_model``.
         hf_overrides: Fields put over those of config.json (or of the GGUF header in the same words); one level of
             nested objects is merged, not replaced.
+        run_code: Called where the checkpoint brings code; None where that may not run.
 
     Raises:
         ModelNotFoundError: The folder has no config.json.
@@ -59,13 +66,22 @@ def read_model_config(located: LocatedModel, hf_overrides: Mapping[str, Any] | N
         file = generation_file = path
         with GGUFFile(path) as gguf:
             config, generation = gguf_to_hf_config(gguf)
-    brings_code = config.pop("auto_map", None) is not None
+    code = read_code(path, config)
+    config.pop(FIELD, None)
+    if code is not None and run_code is not None and (stated := run_code(code, config)) is not None:
+        code, config = replace(code, is_trusted=True), stated
     for name, value in (hf_overrides or {}).items():
         old = config.get(name)
         both = isinstance(old, dict) and isinstance(value, dict)
         config[name] = {**cast("dict[str, Any]", old), **cast("dict[str, Any]", value)} if both else value
-    made = _model_config(config, generation, str(file), str(generation_file))
-    return replace(made, brings_code=True) if brings_code else made
+    try:
+        made = _model_config(config, generation, str(file), str(generation_file))
+    except CheckpointError as exc:
+        if code is None or code.is_trusted or config.get("model_type") in DEFAULTS:
+            raise
+        hint = "the checkpoint's own config class may know better, but its code runs only with --trust-remote-code"
+        raise CheckpointError(exc.file, f"{exc.reason} ({hint})") from exc
+    return made if code is None else replace(made, code=code)
 
 
 def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str, generation_file: str) -> ModelConfig:

@@ -41,7 +41,9 @@ ALIASES: Mapping[str, PackagedModel] = {
 }
 _TOKENIZER_MODELS = ("*.jinja", "tokenizer.model*", "*.model.v*", "*.tiktoken")
 HUB_FILES = ("*.json", "*.safetensors", "LICENSE*", *_TOKENIZER_MODELS)
-"""What is fetched of a hub repository. Never .py; pickles only where there is nothing else, see ``OLD_WEIGHTS``."""
+"""What is fetched of a hub repository. Pickles only where there is nothing else, see ``OLD_WEIGHTS``."""
+CODE_FILES = ("*.py",)
+"""Fetched only where the user trusts the repository's code."""
 OLD_WEIGHTS = ("pytorch_model*.bin",)
 HUB_SKIPPED = ("consolidated*", "original/*", "onnx/*")
 """The same weights in other layouts, which some repositories hold as well."""
@@ -68,7 +70,9 @@ class LocatedModel:
     and without weights (for dummy weights)."""
 
 
-def locate_model(model: str | None, revision: str | None = None, download_dir: str | None = None) -> LocatedModel:
+def locate_model(
+    model: str | None, revision: str | None = None, download_dir: str | None = None, *, with_code: bool = False
+) -> LocatedModel:
     """Find a model.
 
     Args:
@@ -76,6 +80,7 @@ def locate_model(model: str | None, revision: str | None = None, download_dir: s
             the one GGUF file of the repository whose name holds that word. None is the default alias.
         revision: Branch, tag or commit on the hub; None is the main branch.
         download_dir: Cache folder of downloads; None is the hub library's own.
+        with_code: Fetch Python files of a repository on the hub too.
 
     Raises:
         ModelNotFoundError: Nothing under that name; the message says what was tried and what is near it.
@@ -88,10 +93,12 @@ def locate_model(model: str | None, revision: str | None = None, download_dir: s
         return _from_package(name, ALIASES[name])
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or not _HUB_NAME.fullmatch(name):
         raise ModelNotFoundError(_unknown(name), param="model")
-    return _from_hub(name, revision, download_dir)
+    return _from_hub(name, revision, download_dir, with_code)
 
 
-def locate_tokenizer(tokenizer: str, revision: str | None = None, download_dir: str | None = None) -> str:
+def locate_tokenizer(
+    tokenizer: str, revision: str | None = None, download_dir: str | None = None, *, with_code: bool = False
+) -> str:
     """Find a tokenizer that is named apart from its model: the path for ``load_tokenizer_data``.
 
     Takes what ``locate_model`` takes, and folders that hold tokenizer files alone; of a hub repository only those are
@@ -104,8 +111,9 @@ def locate_tokenizer(tokenizer: str, revision: str | None = None, download_dir: 
     if path.exists():
         return str(path.resolve())
     if _HUB_NAME.fullmatch(tokenizer) and ":" not in tokenizer:
-        return str(_download(tokenizer, tokenizer, TOKENIZER_FILES, revision, download_dir))
-    return locate_model(tokenizer, revision, download_dir).path
+        patterns = (*TOKENIZER_FILES, *CODE_FILES) if with_code else TOKENIZER_FILES
+        return str(_download(tokenizer, tokenizer, patterns, revision, download_dir))
+    return locate_model(tokenizer, revision, download_dir, with_code=with_code).path
 
 
 def _unknown(name: str) -> str:
@@ -171,9 +179,9 @@ def _from_package(name: str, packaged: PackagedModel) -> LocatedModel:
     )
 
 
-def _from_hub(name: str, revision: str | None, download_dir: str | None) -> LocatedModel:
+def _from_hub(name: str, revision: str | None, download_dir: str | None, with_code: bool) -> LocatedModel:
     repo, _, choice = name.partition(":")
-    patterns = (f"*{choice}*.gguf",) if choice else HUB_FILES
+    patterns = (f"*{choice}*.gguf",) if choice else (*HUB_FILES, *CODE_FILES) if with_code else HUB_FILES
     located = _from_snapshot(name, repo, choice, _download(name, repo, patterns, revision, download_dir))
     if located.format != "none":
         return located

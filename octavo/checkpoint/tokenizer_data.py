@@ -1,9 +1,9 @@
 """The tokenizer of a model and the few facts around it, from a model folder or from a GGUF file.
 
 A folder has ``tokenizer.json``, or one of the files that came before it: Mistral's ``tekken.json``, sentencepiece's or
-tiktoken's ``tokenizer.model`` (``unconverted.py``). Nothing is downloaded, no code from the folder is run, and
-``auto_map`` is only looked at to say why a tokenizer is missing. Knows neither requests nor templates' rules
-(``octavo/frontend``). Next: ``gguf_tokenizer.py``, ``chat_templates.py``.
+tiktoken's ``tokenizer.model`` (``unconverted.py``). Nothing is downloaded, no code from the folder is run: one that
+comes as code is rebuilt by the engine, where the user allows it, and read here as files. Knows neither requests nor
+templates' rules (``octavo/frontend``). Next: ``gguf_tokenizer.py``, ``chat_templates.py``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from tokenizers import Tokenizer
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
 from octavo.checkpoint.chat_templates import DEFAULT_TEMPLATE, folder_templates, gguf_templates, mistral_template
+from octavo.checkpoint.code import TOKENIZER, read_tokenizer_code
 from octavo.checkpoint.files import MAX_TOKENIZER_BYTES, read_json_object, read_text
 from octavo.checkpoint.gguf_file import GGUFFile
 from octavo.checkpoint.gguf_tokenizer import build_gguf_tokenizer
 from octavo.checkpoint.unconverted import find_unconverted, is_unconverted, read_unconverted
 from octavo.errors import CheckpointError
 
-__all__ = ["DEFAULT_TEMPLATE", "TokenizerData", "load_tokenizer_data", "set_template"]
+__all__ = ["DEFAULT_TEMPLATE", "TokenizerData", "frame_text", "load_tokenizer_data", "set_template"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +80,12 @@ def load_tokenizer_data(path: str | os.PathLike[str]) -> TokenizerData:
 
 
 def _no_tokenizer(folder: Path) -> str:
-    config = folder / "tokenizer_config.json"
-    if config.exists() and "auto_map" in read_json_object(config):
+    code = read_tokenizer_code(folder)
+    if code is not None:
         return (
-            "has no tokenizer that can be read: it comes with Python code of its own (auto_map), which Octavo does not "
-            "run; name another folder that has the tokenizer as tokenizer.json with --tokenizer"
+            f"has no tokenizer that can be read: it comes as Python code ({code.classes[TOKENIZER]}, by auto_map), "
+            "which could do anything on this machine and runs only with --trust-remote-code: read it first, or name "
+            "another folder that has the tokenizer as tokenizer.json with --tokenizer"
         )
     for name in ("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"):
         if (folder / name).exists():
@@ -186,17 +188,31 @@ def set_template(
 
     ``pair_bos``: the second of two texts has the first token in front too.
     """
-    around = [pair for pair in (bos, eos) if pair is not None]
-    special_tokens = [(str(name), int(index)) for name, index in around if index is not None]
-    before = f"{bos[0]}:0 " if bos else ""
-    after = f" {eos[0]}:0" if eos else ""
-    before_b = f" {bos[0]}:1" if bos and pair_bos else ""
-    after_b = f" {eos[0]}:1" if eos else ""
-    template = TemplateProcessing(
-        single=f"{before}$A:0{after}",
-        pair=f"{before}$A:0{after}{before_b} $B:1{after_b}",
-        special_tokens=special_tokens,
-    )
+    before, after = ([(str(each[0]), each[1])] if each and each[1] is not None else [] for each in (bos, eos))
+    frame_text(tokenizer, before, after, pair_before=pair_bos)
+
+
+def frame_text(
+    tokenizer: Tokenizer,
+    before: list[tuple[str, int]],
+    after: list[tuple[str, int]],
+    *,
+    pair_before: bool = True,
+) -> None:
+    """As ``set_template``, with any number of (token, id) on both sides."""
+    special: list[Any] = []
+    sides: list[list[str]] = []
+    for side in (before, after):
+        sides.append([f"T{len(special) + index}" for index, _ in enumerate(side)])
+        # Names of our own in the template: a token may hold a colon or a space, which mean something there.
+        special += [
+            {"id": name, "ids": [token_id], "tokens": [token]}
+            for name, (token, token_id) in zip(sides[-1], side, strict=True)
+        ]
+    first, last = ([[f"{name}:{text}" for name in side] for text in (0, 1)] for side in sides)
+    single = [*first[0], "$A:0", *last[0]]
+    pair = [*single, *(first[1] if pair_before else ()), "$B:1", *last[1]]
+    template = TemplateProcessing(single=single, pair=pair, special_tokens=special)
     tokenizer.post_processor = Sequence([ByteLevel(trim_offsets=False), template])  # type: ignore[assignment]
 
 

@@ -105,8 +105,8 @@ class EngineArgs:
         False,
         "switch",
         MODEL,
-        "Refused: Octavo never runs code from a model's folder. Models run with its own code or with that of the "
-        "installed transformers.",
+        "Run Python code that comes with the checkpoint, where neither Octavo has the model, or --model-impl is "
+        "transformers. Such code can do anything on this machine: read it first. Off, none of it runs or is fetched.",
     )
 
     gpu_memory_utilization: float = setting(
@@ -236,13 +236,6 @@ class EngineArgs:
         for name, each in settings_of(EngineArgs).items():
             # Frozen for everybody else; this is where text becomes a value.
             object.__setattr__(self, name, each.check(name, getattr(self, name)))
-        if self.trust_remote_code:
-            raise ConfigError(
-                "trust_remote_code is refused: Octavo reads only data from a model's folder. Models run with Octavo's "
-                "own code or, where it has none, with that of the installed transformers; neither needs this. Leave it "
-                "out.",
-                param="trust_remote_code",
-            )
         if self.chat_template is not None:
             object.__setattr__(self, "chat_template", _template_text(self.chat_template))
         if self.max_model_len == -1:

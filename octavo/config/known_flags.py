@@ -94,7 +94,7 @@ KNOWN_FLAGS: Mapping[str, KnownFlag] = {
     **_table("enable-tokenizer-info-endpoint", "there is no such route", takes_value=False),
     **_table("tokenizer-mode", "there is one kind of tokenizer, the fast one", "auto", "hf"),
     **_table("tokenizer-revision", "give --tokenizer a folder with the tokenizer that you want"),
-    **_table("code-revision", "no code is ever taken from a model"),
+    **_table("code-revision", "code of a model is taken from the revision that --revision names"),
     **_table("hf-token", "set the environment variable HF_TOKEN, so that the token does not show in process lists"),
     **_table("hf-config-path", "use --hf-overrides"),
     **_table("task", "use --runner and --convert", "auto", "generate"),

@@ -25,6 +25,23 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointCode:
+    """Python code that comes with a checkpoint. It runs only where ``is_trusted``."""
+
+    folder: str
+    classes: Mapping[str, str]
+    """What transformers' ``auto_map`` names: kind, such as ``AutoModelForCausalLM``, to ``file.Class``."""
+    is_trusted: bool = False
+    """The user allowed it (``trust_remote_code``), and nobody else has the model."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that hold the classes, without what these import."""
+        modules = (reference.rpartition(".")[0] for reference in self.classes.values())
+        return tuple(sorted({f"{module}.py" for module in modules}))
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Dimensions and token ids of a decoder."""
 
@@ -67,8 +84,8 @@ class ModelConfig:
     """Multiplies the output, before its soft-cap."""
     text_half_of: str | None = None
     """Architecture of the multimodal checkpoint whose language model this is; its weights lie under other names."""
-    brings_code: bool = False
-    """The checkpoint comes with Python code of its own (``auto_map``). It is never run."""
+    code: CheckpointCode | None = None
+    """Python code of its own that the checkpoint comes with."""
     moe: MoeConfig | None = None
     """Mixtures of experts; None = every layer has one feed-forward."""
     mla: MlaConfig | None = None

@@ -12,8 +12,12 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
+from octavo.checkpoint.code import read_tokenizer_code
 from octavo.checkpoint.config_reader import read_model_config
 from octavo.checkpoint.locate import locate_model, locate_tokenizer
 from octavo.checkpoint.pooling_reader import read_pooling
@@ -23,6 +27,7 @@ from octavo.config.resolve import KVCacheSize, resolve, size_kv_cache
 from octavo.device.openmp import limit_spinning
 from octavo.device.registry import find_device_type, probe_hardware
 from octavo.engine.core import EngineCore
+from octavo.errors import ConfigError
 from octavo.executor.executor import Executor, MemoryReport
 from octavo.executor.registry import make_executor
 from octavo.messages import CoreOutput, EngineLoading, EngineReady, EngineStarting
@@ -32,6 +37,9 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 ATTENTION_REGISTRY = "octavo.attention.registry"
 """By name, because it imports torch, which takes a second that a frontend's tokenizer can use (EngineStarting)."""
+CODE_CONFIG = "octavo.models.transformers_code:state_config"
+CODE_TOKENIZER = "octavo.models.transformers_tokenizer:rebuild_tokenizer"
+"""What runs code of a checkpoint: imported only when the user trusts it, and there is some."""
 PHASE_WORDS = {
     "resolve": "reading the model's settings",
     "import": "starting the device",
@@ -122,12 +130,34 @@ def build(args: EngineArgs, emit: Callable[[int, CoreOutput], None]) -> tuple[En
 
 
 def _resolve(args: EngineArgs) -> tuple[EngineConfig, list[Decision]]:
-    located = locate_model(args.model, args.revision, args.download_dir)
+    trusts = args.trust_remote_code
+    located = locate_model(args.model, args.revision, args.download_dir, with_code=trusts)
     if args.tokenizer is not None:
-        args = replace(args, tokenizer=locate_tokenizer(args.tokenizer, download_dir=args.download_dir))
-    model = read_model_config(located, args.hf_overrides)
+        found = locate_tokenizer(args.tokenizer, download_dir=args.download_dir, with_code=trusts)
+        args = replace(args, tokenizer=found)
+    run_code = partial(_run, CODE_CONFIG, model_impl=args.model_impl) if trusts else None
+    model = read_model_config(located, args.hf_overrides, run_code)
+    if trusts and not args.skip_tokenizer_init:
+        folder = Path(args.tokenizer or located.path)
+        if folder.is_dir() and not (folder / "tokenizer.json").exists():
+            code = read_tokenizer_code(folder)
+            args = args if code is None else replace(args, tokenizer=_run(CODE_TOKENIZER, code))
     hardware = probe_hardware(find_device_type() if args.device == "auto" else args.device)
     return resolve(args, located, model, hardware, read_pooling(located, model))
+
+
+def _run(function: str, *arguments: Any, **options: Any) -> Any:
+    """Call what runs code of a checkpoint."""
+    try:
+        import_module("transformers")
+    except ImportError as error:
+        raise ConfigError(
+            f"trust_remote_code: code of a checkpoint needs transformers, which cannot be imported ({error}): "
+            "pip install octavo[transformers]",
+            param="trust_remote_code",
+        ) from error
+    module, _, name = function.partition(":")
+    return getattr(import_module(module), name)(*arguments, **options)
 
 
 def _size(

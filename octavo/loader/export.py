@@ -18,7 +18,8 @@ import torch
 from octavo.checkpoint.config_reader import read_model_config
 from octavo.checkpoint.gguf_file import GGUFFile
 from octavo.checkpoint.locate import LocatedModel, locate_model
-from octavo.checkpoint.tokenizer_data import DEFAULT_TEMPLATE, TokenizerData, load_tokenizer_data
+from octavo.checkpoint.tokenizer_data import load_tokenizer_data
+from octavo.checkpoint.tokenizer_folder import write_tokenizer
 from octavo.config.sections import LoadConfig
 from octavo.errors import ConfigError, OctavoError
 from octavo.loader.gguf import GGUFSource, gguf_parts
@@ -57,7 +58,7 @@ def export_hf(gguf_path: str | Path, out_dir: str | Path, dtype: str = "bfloat16
     if config.bos_token_id is not None:
         generation["bos_token_id"] = config.bos_token_id
     _write_json(folder / "generation_config.json", {**generation, "eos_token_id": list(config.eos_token_ids)})
-    _write_tokenizer(folder, load_tokenizer_data(path))
+    write_tokenizer(folder, load_tokenizer_data(path))
     return folder
 
 
@@ -80,25 +81,6 @@ def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], source: G
             row_bytes = math.prod(shapes[name][1:]) * torch_dtype.itemsize
             f.seek(8 + len(text) + header[name]["data_offsets"][0] + row_start * row_bytes)
             f.write(tensor.to(torch_dtype).contiguous().view(torch.uint8).numpy().tobytes())
-
-
-def _write_tokenizer(folder: Path, data: TokenizerData) -> None:
-    data.tokenizer.save(str(folder / "tokenizer.json"))
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": data.add_bos_token,
-        "add_eos_token": data.add_eos_token,
-        "clean_up_tokenization_spaces": False,
-    }
-    for role in ("bos", "eos", "unk", "pad"):
-        token: str | None = getattr(data, f"{role}_token")
-        if token is not None:
-            config[f"{role}_token"] = token
-    if set(data.chat_templates) == {DEFAULT_TEMPLATE}:
-        config["chat_template"] = data.chat_templates[DEFAULT_TEMPLATE]
-    elif data.chat_templates:
-        config["chat_template"] = [{"name": k, "template": v} for k, v in data.chat_templates.items()]
-    _write_json(folder / "tokenizer_config.json", config)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -21,7 +21,8 @@ from octavo.errors import ConfigError
 from octavo.layers.attention import Attention
 from octavo.layers.context import LayerContext
 from octavo.layers.parameter import Layer, ParameterSlot
-from octavo.models.transformers_probe import PLUG, make_module, probe, read_config, run_backbone, run_head, split_head
+from octavo.models.transformers_code import find_recipe
+from octavo.models.transformers_probe import PLUG, probe, run_backbone, run_head, split_head
 from octavo.models.transformers_weights import collect_slots_of, on_device
 
 
@@ -67,10 +68,10 @@ class TransformersForCausalLM(Layer):
                 "plain weights: leave it out or give none",
                 param="quantization",
             )
-        hf = read_config(config)
-        calls = probe(config, hf)
+        recipe = find_recipe(config)
+        calls = probe(config, recipe)
         with _empty_parameters(), torch.device(context.device):
-            self._head = make_module(hf, context.dtype)
+            self._head = recipe.make(context.dtype)
         self._slots, self.weight_map = collect_slots_of(self._head, on_device(context.device))
         modules = dict(self._head.named_modules())
         self._backbone = split_head(self._head)

@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AttentionInterface, PretrainedConfig
 
 from octavo.config.model import ModelConfig
-from octavo.errors import ConfigError
+from octavo.models.transformers_code import INTERFACE, Recipe, refusal
 
-INTERFACE = "octavo_paged"
-"""Our name in transformers' table of attention functions."""
 PLUG = "octavo_attention"
 """Attribute of a module that says who answers its attention calls."""
 PROBE_TOKENS = 5
@@ -140,41 +137,6 @@ class _Recorder:
         return query.new_empty(query.shape).transpose(1, 2)
 
 
-def read_config(config: ModelConfig) -> PretrainedConfig:
-    """The config of a checkpoint in transformers' words.
-
-    Raises:
-        ConfigError: transformers does not know the model type, has no causal LM for it, or refuses the values.
-    """
-    fields = dict(config.hf)
-    model_type = fields.pop("model_type", None)
-    causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
-    if causal_lm is None:
-        reasons = [f"transformers has no causal LM for model_type {model_type!r}"]
-        if config.brings_code:
-            reasons.append(
-                "the checkpoint brings Python code of its own (auto_map in config.json), which Octavo never runs: it "
-                "could do anything on this machine"
-            )
-        raise _refusal(config.architecture, reasons)
-    if causal_lm != config.architecture:
-        raise _refusal(
-            config.architecture, [f"transformers' causal LM for model_type {model_type!r} is {causal_lm}, not this"]
-        )
-    for name in ("transformers_version", "auto_map", "torch_dtype", "dtype", "quantization_config"):
-        fields.pop(name, None)
-    try:
-        return AutoConfig.for_model(model_type, **fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _refusal(config.architecture, [f"transformers refuses its config: {error}"]) from error
-
-
-def make_module(hf: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """transformers' model of a config, its attention bound to our interface. On the default device of torch."""
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf)]
-    return model_class._from_config(hf, attn_implementation=INTERFACE, dtype=dtype).eval()
-
-
 def split_head(model: nn.Module) -> nn.Module:
     """Take the backbone out of a causal LM, whose head then runs on hidden states that it is handed."""
     name: str = model.base_model_prefix  # type: ignore[assignment]
@@ -188,20 +150,20 @@ def run_head(head: nn.Module, hidden: Tensor) -> Tensor:
     return head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
 
 
-def probe(config: ModelConfig, hf: PretrainedConfig) -> list[AttentionCall]:
+def probe(config: ModelConfig, recipe: Recipe) -> list[AttentionCall]:
     """The attention calls of one pass, in order.
 
     Raises:
         ConfigError: The model cannot run on paged attention; lists why.
     """
-    problems = _stated_problems(hf)
+    problems = _stated_problems(recipe.config)
     if problems:
-        raise _refusal(config.architecture, problems)
+        raise refusal(config.architecture, problems)
     calls: list[AttentionCall] = []
     try:
         # Weights of half the size: some operators (grouped products of experts) know nothing else without values.
         with torch.device("meta"), torch.inference_mode():
-            model = make_module(hf, torch.bfloat16)
+            model = recipe.make(torch.bfloat16)
             recorder = _Recorder(model)
             problems = _class_problems(model)
             backbone = split_head(model)
@@ -224,7 +186,7 @@ def probe(config: ModelConfig, hf: PretrainedConfig) -> list[AttentionCall]:
     if not calls and not problems:
         problems.append("its attention does not go through transformers' attention interface")
     if problems:
-        raise _refusal(config.architecture, list(dict.fromkeys(problems)))
+        raise refusal(config.architecture, list(dict.fromkeys(problems)))
     return calls
 
 
@@ -258,10 +220,3 @@ def _class_problems(model: nn.Module) -> list[str]:
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         problems.append("its code takes no position_ids, so requests cannot share a step")
     return problems
-
-
-def _refusal(architecture: str, reasons: list[str]) -> ConfigError:
-    return ConfigError(
-        f"{architecture} cannot run with transformers' code (model_impl transformers): {'; '.join(reasons)}",
-        param="model_impl",
-    )

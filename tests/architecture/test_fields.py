@@ -20,7 +20,7 @@ import pytest
 from octavo import messages
 from octavo.config import sections
 from octavo.config.args import EngineArgs
-from octavo.errors import ConfigError, InvalidRequestError
+from octavo.errors import InvalidRequestError
 from octavo.sampling_params import SamplingParams
 
 PACKAGE = Path(__file__).parents[2] / "octavo"
@@ -30,8 +30,6 @@ REFUSED_SAMPLING: dict[str, Any] = {"structured_outputs": {"json": {}}}
 
 FOR_OTHERS = {"extra_args"}
 """Handed to logits processors of users as it is; nothing of ours reads it."""
-
-REFUSED_ARGUMENTS: dict[str, Any] = {"trust_remote_code": True}
 
 RESERVED = {
     "lora_slot": "adapters",
@@ -94,13 +92,7 @@ def test_every_resolved_sampling_field_has_a_reader_in_the_core_or_the_worker() 
 
 def test_every_engine_argument_is_resolved() -> None:
     read = attributes_read(sources("config/resolve.py", "config/pooling.py", "engine", "checkpoint", "llm.py", "cli"))
-    assert struct_fields(EngineArgs) - read - set(REFUSED_ARGUMENTS) == set()
-
-
-@pytest.mark.parametrize("field", sorted(REFUSED_ARGUMENTS))
-def test_refused_engine_arguments_say_so(field: str) -> None:
-    with pytest.raises(ConfigError, match=field):
-        EngineArgs(**{field: REFUSED_ARGUMENTS[field]})
+    assert struct_fields(EngineArgs) - read == set()
 
 
 SECTIONS = [cls for cls in vars(sections).values() if dataclasses.is_dataclass(cls) and isinstance(cls, type)]

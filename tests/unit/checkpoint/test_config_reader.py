@@ -233,7 +233,9 @@ def test_code_of_the_model_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "modeling_evil.py").write_text(f"open({str(trace)!r}, 'w')")
     config = read(tmp_path, LLAMA | {"auto_map": {"AutoConfig": "modeling_evil.Config"}})
     assert "auto_map" not in config.hf
-    assert config.brings_code
+    assert config.code is not None
+    assert config.code.files == ("modeling_evil.py",)
+    assert not config.code.is_trusted
     assert not trace.exists()
 
 

@@ -46,7 +46,6 @@ def test_max_model_len_takes_sizes_and_auto(value: Any, expected: Any) -> None:
         ("logits_processors", [1], "names"),
         ("model", "  ", "non-empty"),
         ("tensor_parallel_size", 2, "one device only"),
-        ("trust_remote_code", True, "only data"),
     ],
 )
 def test_an_impossible_value_names_field_and_what_is_possible(field: str, value: Any, hint: str) -> None:

@@ -160,7 +160,6 @@ def _values(name: str) -> st.SearchStrategy[Any]:
     each = settings_of(EngineArgs)[name]
     low, high = int(each.low or 0), each.high
     special: dict[str, st.SearchStrategy[Any]] = {
-        "trust_remote_code": st.just(False),
         "tensor_parallel_size": st.just(1),
         "block_size": st.integers(1, 16).map(lambda n: 16 * n),
         "max_model_len": st.just("auto") | st.integers(1, 2**31 - 1),

@@ -1,4 +1,7 @@
-"""Python code that a checkpoint brings along is never run; where nothing else could run the model, that is said."""
+"""Python code that a checkpoint brings along does not run unasked; where nothing else could do it, that is said.
+
+What happens when it may run: ``tests/models/test_trust_remote_code.py``.
+"""
 
 from __future__ import annotations
 
@@ -32,20 +35,21 @@ def write(folder: Path, architecture: str, model_type: str) -> Path:
 
 def test_a_known_architecture_runs_with_our_code(tmp_path: Path) -> None:
     config = read_model_config(locate_model(str(write(tmp_path, "LlamaForCausalLM", "llama"))))
-    assert config.brings_code
+    assert config.code is not None
+    assert not config.code.is_trusted
     assert build_model(config, LayerContext(torch.float32, Unquantized(), 16)) is not None
     assert not (tmp_path / "trace").exists()
 
 
 def test_an_unknown_one_is_refused_and_the_reason_named(tmp_path: Path) -> None:
     config = read_model_config(locate_model(str(write(tmp_path, "EvilForCausalLM", "evil"))))
-    with pytest.raises(ConfigError, match=r"brings Python code of its own \(auto_map in config\.json\)") as caught:
+    with pytest.raises(ConfigError, match=r"brings Python code of its own \(evil\.py, named by auto_map") as caught:
         build_model(config, LayerContext(torch.float32, Unquantized(), 16))
     assert "EvilForCausalLM" in caught.value.message
     assert not (tmp_path / "trace").exists()
 
 
 def test_a_tokenizer_that_is_only_code_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="Python code of its own"):
+    with pytest.raises(CheckpointError, match=r"comes as Python code \(evil\.Tokenizer"):
         load_tokenizer_data(write(tmp_path, "LlamaForCausalLM", "llama"))
     assert not (tmp_path / "trace").exists()
