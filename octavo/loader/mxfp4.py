@@ -7,6 +7,7 @@ weights: the packed bytes of one tensor. Every value is exact in bfloat16. Forma
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from octavo.errors import CheckpointError
 from octavo.loader.source import LoadRequest, RowSlice, WeightSource
+from octavo.utils.text import format_bytes
 
+logger = logging.getLogger(__name__)
 BLOCKS, SCALES = "_blocks", "_scales"
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS = 127
@@ -61,6 +64,11 @@ class Mxfp4Source:
         """See WeightSource. The decoded tensors are ``[rows, columns, outputs]``: experts as gpt-oss holds them in
         memory, inputs before outputs."""
         waiting: dict[str, _Packed] = {}
+        num_packed = num_values = 0
+        logger.info(
+            "MXFP4 weights are decoded while they are loaded: 4.25 bits a value in the files become 16 in float16 and "
+            "bfloat16, 32 in float32"
+        )
 
         def wanted_base(name: str) -> bool:
             suffix = _suffix(name)
@@ -76,11 +84,17 @@ class Mxfp4Source:
             packed.add(suffix, piece)
             if packed.is_complete:
                 del waiting[base]
+                num_packed += sum(part.nbytes for part in packed.parts.values())
+                num_values += 2 * packed.parts[BLOCKS].numel()
                 yield from self._decoded(base, packed)
         if waiting:
             base, packed = next(iter(waiting.items()))
             lacking = next(suffix for suffix in (BLOCKS, SCALES) if suffix not in packed.parts)
             raise CheckpointError(self._origin, f"lacks {base}{lacking}, which belongs to it", tensor=base)
+        logger.info(
+            "decoded %s of MXFP4: %s in float16 and bfloat16, %s in float32",
+            format_bytes(num_packed), format_bytes(2 * num_values), format_bytes(4 * num_values),
+        )  # fmt: skip
 
     def _decoded(self, base: str, packed: _Packed) -> Iterator[tuple[str, RowSlice]]:
         blocks, scales = packed.parts[BLOCKS], packed.parts[SCALES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from octavo.config.sections import LoadConfig
 from octavo.errors import CheckpointError
 from octavo.loader.mxfp4 import Mxfp4Source, decode_mxfp4
 from octavo.loader.source import LoadRequest, RowSlice
+from octavo.utils.text import format_bytes
 
 
 def packed(*shape: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +74,9 @@ def test_a_missing_half_and_other_layouts_are_named() -> None:
         decoded(("x_blocks", blocks), ("x_scales", scales[:, :3]))
 
 
-def test_a_packed_checkpoint_generates_what_the_unpacked_one_does(tmp_path: Path) -> None:
+def test_a_packed_checkpoint_generates_what_the_unpacked_one_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
     config = GptOssConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
@@ -98,10 +102,14 @@ def test_a_packed_checkpoint_generates_what_the_unpacked_one_does(tmp_path: Path
     text = json.loads((tmp_path / "config.json").read_text())
     text["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     (tmp_path / "config.json").write_text(json.dumps(text))
+    caplog.set_level(logging.INFO)
     llm = LLM(
         str(tmp_path), dtype="float32", skip_tokenizer_init=True, num_threads=1, in_process=True, max_model_len=64,
         num_gpu_blocks_override=40,
     )  # fmt: skip
+    assert "MXFP4 weights are decoded while they are loaded" in caplog.text
+    num_values = 2 * sum(half.numel() for name, half in halves.items() if name.endswith("_blocks"))
+    assert f"{format_bytes(4 * num_values)} in float32" in caplog.text
     prompt = [5, 9, 33, 7, 12]
     (output,) = llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
     tokens = list(output.outputs[0].token_ids)
