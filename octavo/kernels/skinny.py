@@ -1,16 +1,22 @@
-"""Which kernel multiplies a few rows with a weight of a given shape: a small table, measured on an H200.
+"""Which kernel multiplies up to 256 rows with a weight of a given shape: measured plans, else a rule.
 
-2026-11-22, torch 2.11 with CUDA 13.0, Triton 3.6, in CUDA graphs over weights larger than the cache; microseconds,
-cuBLAS / ours: 1024 x 4096 at one row 5.2 / 3.2, 2048 x 1024 12.6 / 2.7, 14336 x 4096 32.6 / 29.1; at sixteen rows
-1024 x 4096 5.2 / 4.3, 3072 x 1024 7.7 / 4.6, 4096 x 4096 13.5 / 11.1. Beyond 32 rows nobody has measured ours ahead.
+One row: 2026-11-22 on an H200, torch 2.11 with CUDA 13.0, Triton 3.6, in CUDA graphs over weights larger than the
+cache; microseconds, cuBLAS / ours: 1024 x 4096 5.2 / 3.2, 2048 x 1024 12.6 / 2.7, 14336 x 4096 32.6 / 29.1.
+
+More rows: ``estimate`` says what a plan should take, from the machine's rates. A library's tile of 128 x 128 or 128 x
+256 leaves most of 132 processors idle where a weight has 1024 to 6144 outputs; there, smaller tiles win. What was
+measured by ``benchmarks/gpu/rows.py --write`` is in ``tables/`` and goes before the rule.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any, NamedTuple
 
-MAX_ROWS = 32
+MAX_ROWS = 256
 
 
 class SkinnyPlan(NamedTuple):
@@ -19,20 +25,118 @@ class SkinnyPlan(NamedTuple):
     block_rows: int
     """1: multiply and add in registers; else rows of a tensor core tile."""
     block_outputs: int
+    """Of the result; a gated product's tile holds as many gates and as many ups."""
     block_columns: int
     split: int
     """Programs that share the columns of a tile."""
     num_warps: int
     stages: int
+    is_swapped: bool = True
+    """The weight's rows are the tall side of the tensor core's tile, for 16 or 32 rows of x."""
+    uses_tma: bool = False
+    """Tiles are fetched by bulk copies: any number of outputs, and 8 columns or a multiple of them."""
+    prefetches: bool = False
+    """Weights are asked into the L2 cache while the kernel before still runs."""
+
+
+_PROCESSORS = 132
+_MAX_TILES = 4096
+"""Counters that split products have."""
+
+# Rates of an H200 in bytes or operations a microsecond. What one processor draws from the L2 cache is the scarce one.
+_DRAM = 4.0e6
+_L2_OF_PROCESSOR = 70e3
+_FLOPS_OF_PROCESSOR = 5.2e6
+_SPLIT_US = 1.5
+"""A round trip through the counter and the first bytes of the other parts."""
+
+
+def estimate(plan: SkinnyPlan, rows: int, outputs: int, columns: int, *, is_gated: bool = False) -> float:
+    """Microseconds that a product should take beside what every launch costs: the slowest of its three resources."""
+    halves = 2 if is_gated else 1
+    tiles = -(-rows // plan.block_rows) * -(-outputs // plan.block_outputs)
+    rounds = -(-tiles * plan.split // _PROCESSORS)
+    span = -(-columns // plan.split)
+    wide = plan.block_outputs * halves
+    fetched = rounds * 2 * span * (min(plan.block_rows, rows) + wide)  # rows that are not there are not fetched
+    # The tensor core's tile has 64 of the tall side.
+    multiplied = rounds * 2 * span * (max(wide, 64) * plan.block_rows if plan.is_swapped else plan.block_rows * wide)
+    took = max(
+        2 * halves * outputs * columns / _DRAM, fetched / _L2_OF_PROCESSOR, multiplied / _FLOPS_OF_PROCESSOR
+    )  # fmt: skip
+    if plan.split > 1:
+        took += _SPLIT_US + 4 * plan.block_rows * wide * (plan.split + 1) / _L2_OF_PROCESSOR
+    return took
+
+
+def candidates(rows: int, outputs: int, columns: int, *, is_gated: bool = False) -> list[SkinnyPlan]:
+    """Plans worth a measurement for 2 to 256 rows, by ``estimate``, best first."""
+    plans: list[SkinnyPlan] = []
+    for block_rows, wide, is_swapped in _tiles(rows):
+        block_outputs = wide // 2 if is_gated else wide
+        if block_outputs < (64 if is_swapped else 16):
+            continue
+        plans += [
+            _sized(block_rows, wide, block_outputs, split, is_swapped=is_swapped)
+            for split in (1, 2, 4, 8)
+            if columns >= 256 * split and _is_counted(rows, outputs, block_rows, block_outputs, split)
+        ]
+    plans.sort(key=lambda plan: estimate(plan, rows, outputs, columns, is_gated=is_gated))
+    return plans
+
+
+def _tiles(rows: int) -> list[tuple[int, int, bool]]:
+    """Rows, weight rows, whether swapped: a tensor core's tall side is at least 64."""
+    few = [(16, 64, True), (16, 128, True)] if rows <= 16 else [(32, 64, True), (32, 128, True)]
+    if rows <= 32:
+        return [*few, (64, 32, False), (64, 64, False)]
+    if rows <= 64:
+        return [(64, 32, False), (64, 64, False), (64, 128, False)]
+    many = [(64, 64, False), (128, 32, False), (128, 64, False), (128, 128, False)]
+    return many if rows <= 128 else [*many, (128, 256, False)]
+
+
+def _is_counted(rows: int, outputs: int, block_rows: int, block_outputs: int, split: int) -> bool:
+    """Whether parts of a product that fills the machine by itself stay whole, and all tiles have a counter."""
+    tiles = -(-rows // block_rows) * -(-outputs // block_outputs)
+    return split == 1 or tiles <= _MAX_TILES and tiles * split <= 2 * _PROCESSORS
+
+
+def _sized(block_rows: int, wide: int, block_outputs: int, split: int, *, is_swapped: bool) -> SkinnyPlan:
+    """Columns and stages so that about 100 KB are under way, half a processor's shared memory: the next kernel's
+    programs then find room beside. The largest tile takes the whole."""
+    block_columns = 128 if block_rows + wide <= 128 else 64
+    room = 192 if block_rows * wide > 128 * 128 else 104
+    stages = max(3, min(6, room * 1024 // (2 * block_columns * (block_rows + wide))))
+    warps = 8 if block_rows * wide >= 128 * 128 else 4
+    return SkinnyPlan(block_rows, block_outputs, block_columns, split, warps, stages, is_swapped, True, True)
 
 
 @functools.cache
-def choose_plan(rows: int, outputs: int, columns: int) -> SkinnyPlan | None:
-    """How to multiply ``[rows, columns]`` with ``[outputs, columns]``; None: leave it to cuBLAS."""
-    if not 1 <= rows <= MAX_ROWS or outputs * columns >= 2**31:
+def choose_plan(rows: int, outputs: int, columns: int, *, is_gated: bool = False) -> SkinnyPlan | None:
+    """How to multiply ``[rows, columns]`` with ``[outputs, columns]``, or with twice as many for gate and up.
+
+    Args:
+        rows: Of x.
+        outputs: Of the result.
+        columns: Of x and of the weight.
+        is_gated: The weight is ``[2 * outputs, columns]``, and what is wanted is ``act(gate) * up``.
+
+    Returns:
+        None: leave it to cuBLAS, and the activation to a launch of its own.
+    """
+    if not 1 <= rows <= MAX_ROWS or 2 * outputs * columns >= 2**31:
         return None
     if rows == 1:
-        return _one_row(outputs, columns)
+        return None if is_gated else _one_row(outputs, columns)
+    plans = measured().get((outputs, columns, is_gated), ())
+    if plans and plans[0][0] // 2 < rows <= plans[-1][0]:
+        return next(plan for limit, plan in plans if rows <= limit)
+    return _few_rows(rows, outputs, columns) if rows <= 32 and not is_gated else None
+
+
+def _few_rows(rows: int, outputs: int, columns: int) -> SkinnyPlan | None:
+    """2 to 32 rows, as measured on 2026-11-22."""
     if columns % 128 or outputs % 64:
         return None
     block_rows = 16 if rows <= 16 else 32
@@ -58,3 +162,34 @@ def _one_row(outputs: int, columns: int) -> SkinnyPlan | None:
     if block_columns < 128 or outputs % block_outputs:
         return None
     return SkinnyPlan(1, block_outputs, block_columns, 1, 8 if is_large else 4, 1)
+
+
+TABLE = "tables/skinny_h200.json"
+"""Beside this file."""
+
+
+@functools.cache
+def measured() -> Mapping[tuple[int, int, bool], tuple[tuple[int, SkinnyPlan | None], ...]]:
+    """``(outputs, columns, is_gated)`` to (largest number of rows, plan), smallest first; None: cuBLAS was faster."""
+    file = files("octavo.kernels").joinpath(TABLE)
+    return parse_table(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def parse_table(
+    table: Mapping[str, Any],
+) -> dict[tuple[int, int, bool], tuple[tuple[int, SkinnyPlan | None], ...]]:
+    """From the JSON that ``format_plans`` makes."""
+    result: dict[tuple[int, int, bool], tuple[tuple[int, SkinnyPlan | None], ...]] = {}
+    for entry in table["products"]:
+        plans = ((int(limit), None if sizes is None else SkinnyPlan(*sizes)) for limit, sizes in entry["plans"])
+        key = (int(entry["outputs"]), int(entry["columns"]), bool(entry["is_gated"]))
+        result[key] = tuple(sorted(plans, key=lambda item: item[0]))
+    return result
+
+
+def format_plans(
+    outputs: int, columns: int, is_gated: bool, plans: Mapping[int, SkinnyPlan | None]
+) -> dict[str, Any]:  # fmt: skip
+    """One entry of the table's ``products``: ``plans`` is largest number of rows to plan."""
+    rows = [[limit, None if plan is None else list(plan)] for limit, plan in sorted(plans.items())]
+    return {"outputs": outputs, "columns": columns, "is_gated": is_gated, "plans": rows}

@@ -1,8 +1,9 @@
-"""Products of a few rows with a weight, as fast as the weight can be read.
+"""Products of up to 256 rows with a weight, as fast as the weight can be read; with gate and up, their activation too.
 
-cuBLAS is made for many rows: at one row it reaches 8 to 50 % of the bandwidth on small weights. One row is multiplied
-and added in registers, without tensor cores; up to 32 rows become the narrow operand of a tensor core product whose
-64 or 128 rows are the weight's. Which is used for what: ``kernels/linear.py``.
+cuBLAS is made for many rows: at one row it reaches 8 to 50 % of the bandwidth on small weights, and at 64 to 256 its
+tiles are too large to give every processor one. One row is multiplied and added in registers, without tensor cores; up
+to 32 rows become the narrow operand of a tensor core product whose 64 or 128 rows are the weight's; more are tiles as
+usual, chosen so that the machine is full. Which is used for what: ``kernels/skinny.py``.
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.gpu.launch import has_pdl, launch_options
 from octavo.kernels.skinny import SkinnyPlan
 
 _MAX_TILES = 4096
+_PREFETCHED_BYTES = 16 * 2**20
+"""Of a weight. The L2 cache holds 50 MB, and kernels launched early may prefetch for two products at once."""
+
+PLAIN = tl.constexpr(0)
+SILU = tl.constexpr(1)
+GELU_TANH = tl.constexpr(2)
 
 
 @triton.jit
@@ -42,49 +50,136 @@ def _gemv(
     tl.store(out + rows, y.to(out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["M"])
-def _gemm(
-    x, weight, bias, out, partial, counts, M, N, K, x_stride,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def _prefetch(weight, first, last, low, K, part, parts, chunk, ROWS: tl.constexpr, THREADS: tl.constexpr):
+    """Ask ``chunk`` columns for each thread into L2: of rows from ``first``, columns from ``low``. Programs that share
+    these rows are ``parts``, and this one is ``part``."""
+    lanes: tl.constexpr = ROWS if ROWS > THREADS else THREADS
+    lane = tl.arange(0, lanes)
+    row = tl.minimum(first + lane % ROWS, last)
+    column = tl.minimum(low + (lane // ROWS * parts + part) * chunk, K - chunk)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
+        "=r,l,r",
+        [(weight + row * K + column).to(tl.int64), tl.full([lanes], 1, tl.int32) * (chunk * 2)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _tile(source, first, k, end, stride, ROWS: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr):
+    """``[ROWS, BK]`` of rows from ``first``, columns from ``k``. By TMA, what lies outside is 0; else rows from ``end``
+    are, where MASKED."""
+    if TMA:
+        tile = source.load([first, k])
+    else:
+        rows = first + tl.arange(0, ROWS)
+        at = source + rows[:, None] * stride + (k + tl.arange(0, BK))[None, :]
+        if MASKED:
+            tile = tl.load(at, mask=(rows < end)[:, None], other=0.0)
+        else:
+            tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def _multiply(acc, xs, w, SWAP: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc += xs w^T``, or transposed: few rows are then the narrow side of the tensor core's tile."""
+    if SWAP:
+        acc = tl.dot(w, tl.trans(xs), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(xs, tl.trans(w), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _sum_parts(partial, size, at, mask, SPLIT: tl.constexpr):
+    """In the order of the columns, whoever came last."""
+    y = tl.load(partial + at, mask=mask, other=0.0, cache_modifier=".cg")
+    for part in tl.static_range(1, SPLIT):
+        y += tl.load(partial + part * size + at, mask=mask, other=0.0, cache_modifier=".cg")
+    return y
+
+
+@triton.jit
+def _finish(
+    y, up, bias, out, at, outputs, N, mask, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """``M <= BM`` rows. K is cut into SPLIT parts; whichever program of a tile comes last adds the parts, in order."""
+    """Add the bias; activate with the roundings that a product and ``gpu/activation.py`` after it have; store."""
+    if HAS_BIAS:
+        y += tl.load(bias + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
+    if ACT != PLAIN:
+        if HAS_BIAS:
+            up += tl.load(bias + N + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
+        gate = y.to(out.dtype.element_ty).to(tl.float32)
+        if ACT == GELU_TANH:
+            # 0.5 * (1 + tanh(u)) = sigmoid(2u)
+            gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        else:
+            gate = gate * tl.sigmoid(gate)
+        y = gate.to(out.dtype.element_ty).to(tl.float32) * up.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "tiles_m", "chunk"])
+def _gemm(
+    x, weight, raw_weight, bias, out, partial, counts, M, N, K, x_stride, tiles_m, chunk,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    SWAP: tl.constexpr, TMA: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    THREADS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A tile of the ``[M, N]`` result. K is cut into SPLIT parts; whichever program of a tile comes last adds them, in
+    order. With ACT the weight has 2N rows, gates first. Neighbouring programs share weights."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    rows = tl.arange(0, BM)
-    outputs = tile * BN + tl.arange(0, BN)
-    columns = tl.arange(0, BK)
+    first_row = tile % tiles_m * BM
+    first_output = tile // tiles_m * BN
     span = tl.cdiv(K, BK * SPLIT) * BK
     low = split * span
-    acc = tl.zeros([BN, BM], tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    for k in tl.range(low, tl.minimum(low + span, K), BK, num_stages=STAGES):
-        w = tl.load(weight + outputs[:, None] * K + (k + columns)[None, :])
-        xs = tl.load(x + rows[:, None] * x_stride + (k + columns)[None, :], mask=(rows < M)[:, None], other=0.0)
-        acc = tl.dot(w, tl.trans(xs), acc, input_precision=PRECISION)
+    if PREFETCH:
+        _prefetch(raw_weight, first_output, N - 1, low, K, tile % tiles_m, tiles_m, chunk, BN, THREADS)
+        if ACT != PLAIN:
+            _prefetch(raw_weight, N + first_output, 2 * N - 1, low, K, tile % tiles_m, tiles_m, chunk, BN, THREADS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    y = tl.trans(acc)
+        tl.extra.cuda.gdc_wait()
+    if SWAP:
+        acc = tl.zeros([BN, BM], tl.float32)
+        up = tl.zeros([BN, BM], tl.float32)
+    else:
+        acc = tl.zeros([BM, BN], tl.float32)
+        up = tl.zeros([BM, BN], tl.float32)
+    for k in tl.range(low, tl.minimum(low + span, K), BK, num_stages=STAGES):
+        xs = _tile(x, first_row, k, M, x_stride, BM, BK, TMA, True)
+        acc = _multiply(acc, xs, _tile(weight, first_output, k, N, K, BN, BK, TMA, False), SWAP, PRECISION)
+        if ACT != PLAIN:
+            up = _multiply(up, xs, _tile(weight, N + first_output, k, N, K, BN, BK, TMA, False), SWAP, PRECISION)
+    if SWAP:
+        acc = tl.trans(acc)
+        up = tl.trans(up)
+    rows = first_row + tl.arange(0, BM)
+    outputs = first_output + tl.arange(0, BN)
     at = rows[:, None] * N + outputs[None, :]
     mask = (rows < M)[:, None] & (outputs < N)[None, :]
     if SPLIT > 1:
-        tl.store(partial + split * BM * N + at, y)
+        size = M * N
+        tl.store(partial + split * size + at, acc, mask=mask)
+        if ACT != PLAIN:
+            tl.store(partial + (SPLIT + split) * size + at, up, mask=mask)
         tl.debug_barrier()
         arrived = tl.atomic_add(counts + tile, 1, sem="acq_rel")
         if arrived == SPLIT - 1:
             tl.debug_barrier()
-            y = tl.zeros([BM, BN], tl.float32)
-            for part in tl.static_range(SPLIT):
-                y += tl.load(partial + part * BM * N + at, cache_modifier=".cg")
-            if HAS_BIAS:
-                y += tl.load(bias + outputs).to(tl.float32)[None, :]
-            tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+            y = _sum_parts(partial, size, at, mask, SPLIT)
+            other = y
+            if ACT != PLAIN:
+                other = _sum_parts(partial + SPLIT * size, size, at, mask, SPLIT)
+            _finish(y, other, bias, out, at, outputs, N, mask, ACT, HAS_BIAS)
             tl.store(counts + tile, 0)
     else:
-        if HAS_BIAS:
-            y += tl.load(bias + outputs).to(tl.float32)[None, :]
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+        _finish(acc, up, bias, out, at, outputs, N, mask, ACT, HAS_BIAS)
 
 
 @functools.cache
@@ -99,28 +194,60 @@ def _counts(device: torch.device) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan) -> Tensor:
     """``x [M, K]`` times ``weight [N, K]``, contiguous, plus ``bias [N]``: ``[M, N]``. One launch.
 
-    Reference: ``torch.nn.functional.linear``. Sums run in float32.
+    Reference: ``torch.nn.functional.linear``. Sums run in float32. With TMA, x and its rows begin at multiples
+    of 16 bytes. Without, blocks divide the weight.
     """
-    rows, columns = x.shape
+    if plan.block_rows > 1:
+        return _tiled(x, weight, bias, plan, weight.shape[0], PLAIN.value)
     outputs = weight.shape[0]
+    out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
+    _gemv[(outputs // plan.block_outputs,)](
+        x, weight, out if bias is None else bias, out, x.shape[1], plan.block_outputs, plan.block_columns,
+        bias is not None, has_pdl(), num_warps=plan.num_warps, **launch_options(),
+    )  # fmt: skip
+    return out
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan, *, is_gelu: bool) -> Tensor:
+    """``act(gate) * up`` of the product ``x [M, K]`` times ``weight [2F, K]``, gates first: ``[M, F]``. One launch.
+
+    Rounded as ``linear`` and ``gpu/activation.py`` after it. ``is_gelu``: GELU's tanh approximation, else SiLU. Else as
+    ``linear``.
+    """
+    return _tiled(x, weight, bias, plan, weight.shape[0] // 2, (GELU_TANH if is_gelu else SILU).value)
+
+
+def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan, outputs: int, act: int) -> Tensor:
+    rows, columns = x.shape
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    shift = out if bias is None else bias
-    options = launch_options()
-    if plan.block_rows == 1:
-        _gemv[(outputs // plan.block_outputs,)](
-            x, weight, shift, out, columns, plan.block_outputs, plan.block_columns, bias is not None,
-            has_pdl(), num_warps=plan.num_warps, **options,
-        )  # fmt: skip
-        return out
-    tiles = outputs // plan.block_outputs
+    halves = 1 if act == PLAIN.value else 2
+    tiles_m, tiles_n = triton.cdiv(rows, plan.block_rows), triton.cdiv(outputs, plan.block_outputs)
     if plan.split > 1:
-        partial = torch.empty((plan.split, plan.block_rows, outputs), dtype=torch.float32, device=x.device)
+        partial = torch.empty(halves * plan.split * rows * outputs, dtype=torch.float32, device=x.device)
         counts = _counts(x.device)
     else:
         partial = counts = out
-    _gemm[(tiles, plan.split)](
-        x, weight, shift, out, partial, counts, rows, outputs, columns, x.stride(0),
-        plan.block_rows, plan.block_outputs, plan.block_columns, plan.split, plan.stages, bias is not None,
-        "tf32" if x.element_size() == 2 else "ieee", has_pdl(), num_warps=plan.num_warps, **options,
+    if plan.uses_tma:
+        source = TensorDescriptor(x, [rows, columns], [x.stride(0), 1], [plan.block_rows, plan.block_columns])
+        held = TensorDescriptor(
+            weight, [halves * outputs, columns], [columns, 1], [plan.block_outputs, plan.block_columns]
+        )
+    else:
+        assert outputs % plan.block_outputs == 0 and columns % plan.block_columns == 0
+        source, held = x, weight
+    threads = 32 * plan.num_warps
+    chunk = _chunk(plan, tiles_m, halves * outputs, columns, threads)
+    _gemm[(tiles_m * tiles_n, plan.split)](
+        source, held, weight, out if bias is None else bias, out, partial, counts, rows, outputs, columns, x.stride(0),
+        tiles_m, chunk, plan.block_rows, plan.block_outputs, plan.block_columns, plan.split, plan.stages,
+        plan.is_swapped, plan.uses_tma, act, bias is not None, "tf32" if x.element_size() == 2 else "ieee",
+        threads, plan.prefetches and has_pdl(), has_pdl(), num_warps=plan.num_warps, **launch_options(),
     )  # fmt: skip
     return out
+
+
+def _chunk(plan: SkinnyPlan, tiles_m: int, weight_rows: int, columns: int, threads: int) -> int:
+    """Columns that one thread prefetches: whole lines of 128 bytes."""
+    span = triton.cdiv(columns, plan.block_columns * plan.split) * plan.block_columns
+    wanted = min(span, _PREFETCHED_BYTES // (2 * weight_rows * plan.split))
+    return min(max(64, wanted // (tiles_m * max(1, threads // plan.block_outputs)) // 64 * 64), columns // 8 * 8)

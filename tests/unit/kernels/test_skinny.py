@@ -1,10 +1,14 @@
-"""The table of products with few rows. Red when it names sizes that do not divide, or forgets a measured weight."""
+"""The plans of products with few rows. Red when they name sizes that do not divide, forget a measured weight, or when a
+table is not read as it was written."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from octavo.kernels.skinny import MAX_ROWS, choose_plan
+from octavo.kernels import skinny
+from octavo.kernels.skinny import MAX_ROWS, SkinnyPlan, candidates, choose_plan, estimate, format_plans, parse_table
 
 MEASURED = [
     (4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024),
@@ -14,19 +18,55 @@ ODD = [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (77, 64),
 
 
 @pytest.mark.parametrize(("outputs", "columns"), MEASURED + ODD)
-def test_sizes_divide(outputs: int, columns: int) -> None:
+@pytest.mark.parametrize("is_gated", [False, True], ids=["plain", "gated"])
+def test_sizes_fit(outputs: int, columns: int, is_gated: bool) -> None:
     for rows in range(1, MAX_ROWS + 1):
-        plan = choose_plan(rows, outputs, columns)
-        assert plan is not None or (outputs, columns) in ODD
-        if plan is not None:
-            assert outputs % plan.block_outputs == 0 and columns % plan.block_columns == 0
-            assert rows <= plan.block_rows and (rows > 1) == (plan.block_rows > 1)
-            # A part without columns would wait for nothing, but each must have a partial result to add.
-            assert plan.split <= columns // plan.block_columns
-            assert outputs // plan.block_outputs <= 4096 or plan.split == 1
+        plan = choose_plan(rows, outputs, columns, is_gated=is_gated)
+        assert plan is not None or (outputs, columns) in ODD or rows > 32 or is_gated
+        if plan is None:
+            continue
+        assert (rows > 1) == (plan.block_rows > 1)
+        if not plan.uses_tma:
+            assert outputs % plan.block_outputs == 0 and columns % plan.block_columns == 0 and rows <= plan.block_rows
+        # A part without columns would wait for nothing, but each must have a partial result to add.
+        assert plan.split <= columns // plan.block_columns
+        assert -(-outputs // plan.block_outputs) * -(-rows // plan.block_rows) <= 4096 or plan.split == 1
+
+
+@pytest.mark.parametrize(("outputs", "columns"), MEASURED)
+@pytest.mark.parametrize("is_gated", [False, True], ids=["plain", "gated"])
+def test_candidates_fit_the_processor(outputs: int, columns: int, is_gated: bool) -> None:
+    for rows in (2, 16, 17, 33, 64, 65, 128, 129, 256):
+        plans = candidates(rows, outputs, columns, is_gated=is_gated)
+        assert plans and all(plan.split * 256 <= columns for plan in plans)
+        times = [estimate(plan, rows, outputs, columns, is_gated=is_gated) for plan in plans]
+        assert times == sorted(times)
+        for plan in plans:
+            wide = plan.block_outputs * (2 if is_gated else 1)
+            assert 2 * plan.stages * plan.block_columns * (plan.block_rows + wide) <= 227 * 1024, "shared memory"
+            assert plan.block_rows * wide <= 255 * 32 * plan.num_warps, "registers"
+
+
+def test_a_product_that_has_too_few_tiles_is_split() -> None:
+    """[256, 2048] x [1024, 2048] is 16 tiles of 128 x 128 on 132 processors."""
+    best = candidates(256, 1024, 2048)[0]
+    assert -(-256 // best.block_rows) * (1024 // best.block_outputs) * best.split >= 100
 
 
 def test_leaves_many_rows_and_huge_weights_alone() -> None:
     assert choose_plan(MAX_ROWS + 1, 4096, 4096) is None
     assert choose_plan(0, 4096, 4096) is None
     assert choose_plan(1, 2**20, 2**11) is None
+
+
+def test_a_table_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = candidates(24, 576, 1024)[0], candidates(256, 576, 1024)[0]
+    entry = format_plans(576, 1024, False, {256: many, 24: few, 64: None})
+    table = parse_table(json.loads(json.dumps({"products": [entry]})))
+    assert table == {(576, 1024, False): ((24, few), (64, None), (256, many))}
+    assert isinstance(table[576, 1024, False][0][1], SkinnyPlan)
+    monkeypatch.setattr(skinny, "measured", lambda: table)
+    uncached = choose_plan.__wrapped__
+    assert [uncached(rows, 576, 1024) for rows in (24, 25, 64, 200, 256)] == [few, None, None, many, many]
+    assert uncached(12, 576, 1024) not in (None, few), "half the smallest that was measured is another matter"
+    assert uncached(24, 576, 1024, is_gated=True) is None
