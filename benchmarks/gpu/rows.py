@@ -152,11 +152,14 @@ def label(plan: SkinnyPlan | None) -> str:
 
 
 def plans_of(product: Product, rows: int, best: int) -> list[SkinnyPlan]:
-    """The most promising ones, what is chosen now, and the best without its prefetch."""
+    """The most promising ones, what is chosen now, and the best without its prefetch and with more stages."""
     plans = candidates(rows, product.outputs, product.columns, is_gated=product.is_gated)[:best]
     chosen = choose_plan(rows, product.outputs, product.columns, is_gated=product.is_gated)
     extra = [chosen] if chosen is not None else []
-    extra += [plan._replace(prefetches=False) for plan in plans[:1]]
+    for plan in plans[:1]:
+        wide = plan.block_outputs * (2 if product.is_gated else 1)
+        deep = min(8, 200 * 1024 // (2 * plan.block_columns * (plan.block_rows + wide)))
+        extra += [plan._replace(prefetches=False), plan._replace(stages=deep)]
     return list(dict.fromkeys(plans + extra))
 
 
