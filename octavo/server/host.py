@@ -5,7 +5,6 @@ Called by ``octavo serve``, and by each of several HTTP processes (``workers.py`
 
 from __future__ import annotations
 
-import gc
 import importlib
 import logging
 import socket
@@ -20,6 +19,7 @@ from octavo.server.app import describe_routes, make_routes, with_layers
 from octavo.server.guarded import supervise
 from octavo.server.lifecycle import Lifecycle
 from octavo.server.service import Service
+from octavo.utils.collector import Collector
 
 logger = logging.getLogger(__name__)
 WORKERS = "octavo.server.workers:serve"
@@ -83,6 +83,7 @@ def serve_here(
     supervisor, lifecycle = supervise(
         service, launch, log_stats=log_stats and place.index == 0, index=place.index, count=place.count
     )
+    lifecycle.collector = collector = Collector(lambda: lifecycle.num_open)
     close_instruments = instruments.install(service, share_folder=place.share_folder, index=place.index)
     routes = make_routes(service)
     if place.index == 0 and not place.is_replacement:
@@ -90,8 +91,7 @@ def serve_here(
         logger.info("Available routes are:")
         for line in describe_routes(routes):
             logger.info("%s", line)
-    gc.collect()
-    gc.freeze()  # modules and routes stay: the collector need not look at them again and again
+    collector.take_over()
     supervisor.start()
     if place.is_replacement:
         supervisor.wait_loaded(ATTACH_TIMEOUT_S)

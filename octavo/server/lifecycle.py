@@ -17,6 +17,7 @@ from octavo.engine.supervisor import EngineState, EngineSupervisor
 from octavo.errors import OctavoError
 from octavo.server.admission import Admission
 from octavo.server.service import NotReadyError
+from octavo.utils.collector import Collector
 
 logger = logging.getLogger(__name__)
 EXIT_ENGINE_FAILED = 70
@@ -56,6 +57,8 @@ class Lifecycle:
         self.failure: OctavoError | None = None
         self.status = 0
         """To exit with."""
+        self.collector: Collector | None = None
+        """Makes full garbage collections at moments when few requests are open."""
 
     # --------------------------------------------------------------------------------------------------- how it is
 
@@ -65,6 +68,11 @@ class Lifecycle:
         if self.failure is not None:
             return "failed"
         return "draining" if self.is_draining else self._engine.state.value
+
+    @property
+    def num_open(self) -> int:
+        """Requests that make the engine work."""
+        return self._admission.num_requests
 
     def refusal(self) -> OctavoError | None:
         """Why no request is let in now; None if they are. A restart is no reason: requests wait for its end."""
@@ -89,6 +97,8 @@ class Lifecycle:
     def attach(self, server: Stoppable, loop: asyncio.AbstractEventLoop) -> None:
         """The web server runs in this loop from now on."""
         self._server, self._loop = server, loop
+        if self.collector is not None:
+            self.collector.start(loop)
         if self.failure is not None:
             self._end_for_failure()
         elif self._early_signal is not None:
