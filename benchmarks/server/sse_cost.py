@@ -1,9 +1,9 @@
 """What a streamed token costs the HTTP process: from the engine's message to the bytes on their way to the socket.
 
 Everything between the engine's socket and the kernel is real: output processing, detokenizing (with SmolLM2's
-tokenizer), the stream, the route's chunks, the layers of the application. Two ends are replaced: the engine by
-prepared step messages, and the web server's ``send``, so that the figure is ours. ``--uvicorn`` adds the web server
-and its system calls, with readers in a process of their own.
+tokenizer), the stream, the route's chunks. Two ends are replaced: the engine by prepared step messages, and the
+connection, so that the figure is ours. ``--uvicorn`` adds the web server and its system calls, with readers in a
+process of their own.
 
     python benchmarks/server/sse_cost.py                  # 64 streams, 400 tokens each
     python benchmarks/server/sse_cost.py --streams 1      # one token per step and stream: the dearest case
@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from octavo.engine.wire import Reader
 from octavo.frontend.tokenizer import load_tokenizer
 from octavo.messages import CoreOutput, EngineCoreOutput, EngineCoreOutputs, FinishReason
 from octavo.server.app import build_app
+from octavo.server.connection_writer import extension_of
+from octavo.server.protocol import limits_of, make_protocol
 from octavo.server.service import Service
 from tests.unit.engine.fakes import READY
 
@@ -117,46 +120,72 @@ def make_service(num_streams: int, num_tokens: int) -> tuple[Service, PreparedEn
     return service, engine
 
 
-async def run_in_process(app: Any, engine: PreparedEngine, num_streams: int, num_tokens: int) -> dict[str, float]:
-    raw = json.dumps(BODY).encode()
-    num_chunks, num_bytes, target = 0, 0, 1 << 62
-    all_have_it = asyncio.Event()
+class Connection:
+    """A client that takes everything at once and counts it: what ``ConnectionWriter`` needs of uvicorn.
 
-    async def ask() -> None:
-        scope = {
+    Args:
+        body: Of its request.
+        on_write: Called for each piece.
+    """
+
+    def __init__(self, body: bytes, on_write: Callable[[int], None]) -> None:
+        self.cycle: Any = self
+        self.transport: Any = self
+        self.flow: Any = self
+        self.writer: Any = None
+        self.disconnected = self.write_paused = False
+        self.chunked_encoding: bool | None = None
+        self.expected_content_length = 0
+        self.scope: dict[str, Any] = {
             "type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions",
             "headers": [(b"content-type", b"application/json")], "query_string": b"", "http_version": "1.1",
             "scheme": "http", "root_path": "", "server": ("x", 80), "client": ("y", 1),
+            "extensions": extension_of(self),
         }  # fmt: skip
-        messages = [{"type": "http.request", "body": raw, "more_body": False}]
+        self._messages = [{"type": "http.request", "body": body, "more_body": False}]
+        self._on_write = on_write
 
-        async def receive() -> Any:
-            if not messages:
-                await asyncio.Event().wait()
-            return messages.pop()
+    def resume_reading(self) -> None: ...
 
-        async def send(message: dict[str, Any]) -> None:
-            nonlocal num_chunks, num_bytes
-            num_chunks += 1
-            num_bytes += len(message.get("body", b""))
-            if num_chunks >= target:
-                all_have_it.set()
+    def write(self, data: bytes) -> None:
+        self._on_write(len(data))
 
-        await app(scope, receive, send)
+    async def receive(self) -> Any:
+        if not self._messages:
+            await asyncio.Event().wait()
+        return self._messages.pop()
 
-    streams = [asyncio.create_task(ask()) for _ in range(num_streams)]
+    async def send(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            self._on_write(len(message["body"]))
+
+
+async def run_in_process(app: Any, engine: PreparedEngine, num_streams: int, num_tokens: int) -> dict[str, float]:
+    raw = json.dumps(BODY).encode()
+    num_writes, num_bytes, target = 0, 0, 1 << 62
+    all_have_it = asyncio.Event()
+
+    def on_write(size: int) -> None:
+        nonlocal num_writes, num_bytes
+        num_writes += 1
+        num_bytes += size
+        if num_writes >= target:
+            all_have_it.set()
+
+    connections = [Connection(raw, on_write) for _ in range(num_streams)]
+    streams = [asyncio.create_task(app(each.scope, each.receive, each.send)) for each in connections]
     while not engine._filled.is_set():
         await asyncio.sleep(0.01)
     begin = time.process_time()
     for _ in range(num_tokens):
         # Every stream takes its token before the next step, as with an engine that computes.
         all_have_it.clear()
-        target = num_chunks + num_streams
+        target = num_writes + num_streams
         engine.released.release()
         await all_have_it.wait()
     await asyncio.gather(*streams)
     spent = time.process_time() - begin
-    return {"cpu_s": spent, "chunks": num_chunks, "bytes": num_bytes}
+    return {"cpu_s": spent, "writes": num_writes, "bytes": num_bytes}
 
 
 def read_streams(port: int, num_streams: int) -> None:
@@ -181,7 +210,8 @@ async def run_with_uvicorn(app: Any, engine: PreparedEngine, num_streams: int, n
     import uvicorn
 
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    config = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False)
+    protocol = make_protocol(limits_of(ServerConfig()))
+    config = uvicorn.Config(app, http=protocol, lifespan="off", log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     readers = multiprocessing.get_context("spawn").Process(
