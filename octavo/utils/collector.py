@@ -21,7 +21,7 @@ QUIET = 50
 LATEST_S = 600.0
 """A process that is never quiet is held up once in this time."""
 YOUNG, MIDDLE, NEVER = 10_000, 20, 1_000_000
-"""Thresholds of the interpreter's three generations. Young collections are fewer and larger: most of what a request makes
+"""Thresholds of the interpreter's three generations. Fewer and larger young collections: most of what a request makes
 is gone by the time of the next one."""
 
 
