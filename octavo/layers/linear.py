@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from octavo.kernels.linear import Activation, gated_linear
 from octavo.layers.context import LayerContext
 from octavo.layers.parameter import Layer, Parameter
 from octavo.quantization.method import LinearShape
@@ -48,9 +49,21 @@ class Linear(Layer):
         if bias:
             self.bias = Parameter((rows,), lambda: context.empty(rows), self._finish_bias, shards)
 
+    @property
+    def plain(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight ``[out, in]`` and bias ``[out]``, as they are; None for a weight in another form, or for no bias."""
+        return self._weights.get("weight") if self._method.name == "none" else None, self._bias
+
     def forward(self, x: Tensor) -> Tensor:
         """``[T, in] -> [T, out]``."""
         return self._method.apply(self.shape, self._weights, x, self._bias)
+
+    def forward_gated(self, x: Tensor, activation: Activation) -> Tensor:
+        """``activation(forward(x))``, ``[T, in] -> [T, out / 2]``, for a layer of a gate and an up of the same size."""
+        weight, bias = self.plain
+        if weight is None:
+            return activation(self.forward(x))
+        return gated_linear(x, weight, bias, activation)
 
     def _allocate(self) -> Tensor:
         self._loading = self._method.create_weights(self.shape)

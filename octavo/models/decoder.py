@@ -177,7 +177,7 @@ class GatedMLP(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, E] -> [T, E]``."""
-        return self.down_proj.forward(self._activation(self.gate_up_proj.forward(x)))
+        return self.down_proj.forward(self.gate_up_proj.forward_gated(x, self._activation))
 
 
 class PlainMLP(Layer):

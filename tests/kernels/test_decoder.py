@@ -117,6 +117,7 @@ def use_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     )
     monkeypatch.setattr("octavo.quantization.unquantized.native_kernels", lambda: None)  # the CPU's own product
     monkeypatch.setattr("octavo.quantization.unquantized.linear", multiply)
+    monkeypatch.setattr("octavo.kernels.linear.linear", multiply)  # behind the gated product
     monkeypatch.setattr("octavo.quantization.unquantized.native_kernels", lambda: None)
 
     def act(gate_up: torch.Tensor) -> torch.Tensor:
