@@ -94,15 +94,15 @@ class Detokenizer:
         if stream is None:
             self.token_ids.extend(token_ids)
             return None
-        num_shown = len(token_ids) - 1 if hide_last else len(token_ids)
         if not self._stops:
             self.token_ids.extend(token_ids)
-            for token_id in token_ids[:num_shown]:
+            for token_id in token_ids[:-1] if hide_last else token_ids:
                 text = stream.push(token_id)
                 if text:
                     self._parts.append(text)
                     self._fresh.append(text)
             return None
+        num_shown = len(token_ids) - 1 if hide_last else len(token_ids)
         for position, token_id in enumerate(token_ids):
             self.token_ids.append(token_id)
             if position < num_shown:

@@ -34,7 +34,7 @@ class RequestObserver(Protocol):
     """Is told what users see happening; ``observability/request_stats.py`` counts it."""
 
     def first_token(self, latency_s: float, /) -> None: ...
-    def later_token(self, gap_s: float, /) -> None: ...
+    def later_tokens(self, gap_s: float, count: int, /) -> None: ...
     def finished(
         self, request: ProcessedRequest, stats: RequestStateStats, num_cached_tokens: int, now_s: float, /
     ) -> None: ...
@@ -51,14 +51,6 @@ class ProcessedOutputs(Generic[Out]):
     """At most one per request."""
     abort_ids: list[str]
     """Core request ids that a stop string ended here and that the core still runs."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Now:
-    """When a batch arrived, by both clocks."""
-
-    time_s: float
-    monotonic_s: float
 
 
 class _LogprobColumns:
@@ -136,33 +128,43 @@ class _Answer:
         Returns:
             Whether a stop string ended the answer while the core goes on with it.
         """
-        detokenizer = self.detokenizer
-        reason = output.finish_reason
+        detokenizer, reason, num_new = self.detokenizer, output.finish_reason, len(output.new_token_ids)
         num_before = len(detokenizer.token_ids)
         stop = detokenizer.push(output.new_token_ids, hide_last=reason is FinishReason.STOP and self._hides_stop_token)
-        if stop is None and reason is not None:
+        if stop is not None:
+            num_new = len(detokenizer.token_ids) - num_before  # those behind it are dropped
+        elif reason is not None:
             stop = detokenizer.finish()
-        num_new = len(detokenizer.token_ids) - num_before
         if output.logprobs is not None and self._logprobs is not None:
             self._logprobs.extend(output.logprobs, num_new, self._num_named)
             self._cumulative_logprob += sum(row[0] for row in output.logprobs.logprobs[:num_new])
+        if num_new:
+            self.request.stats.num_generation_tokens += num_new
+            self.is_new = True
+        if stop is None and reason is None:
+            return False
+        self._end(output, stop)
+        return reason is None
+
+    def _end(self, output: EngineCoreOutput, stop: str | None) -> None:
+        reason = output.finish_reason
         if stop is not None and reason is not FinishReason.ERROR:
             self.finish_reason, self.stop_reason = FinishReason.STOP, stop
-        elif reason is not None:
+        else:
             self.finish_reason, self.stop_reason = reason, output.stop_reason
             self.error = output.error
         self.timings = output.timings
-        self.request.stats.num_generation_tokens += num_new
-        self.is_new = self.is_new or num_new > 0 or self.finish_reason is not None
-        return self.finish_reason is not None and reason is None
+        self.is_new = True
 
     def completion(self, *, delta: bool) -> CompletionOutput:
         """What to show now: all, or what is new."""
         detokenizer, logprobs, reason = self.detokenizer, self._logprobs, self.finish_reason
-        start = self._num_given if delta else 0
         token_ids = detokenizer.token_ids
+        start = self._num_given if delta else 0
+        self._num_given = len(token_ids)
+        self.is_new = False
         # By position: this is made for every token of every stream.
-        output = CompletionOutput(
+        return CompletionOutput(
             self.index,
             detokenizer.take_delta() if delta else detokenizer.text(),
             token_ids[start:],
@@ -172,9 +174,6 @@ class _Answer:
             self.stop_reason,
             self.error,
         )
-        self._num_given = len(token_ids)
-        self.is_new = False
-        return output
 
 
 class _Request:
@@ -187,6 +186,10 @@ class _Request:
         self.decode_token = tokenizer.token_text if tokenizer is not None and params.detokenize else None
         self.answers = [_Answer(self, index, _detokenizer(processed, params, tokenizer)) for index in range(params.n)]
         self.num_unfinished = len(self.answers)
+        self.is_touched = False
+        """Whether the batch at hand has something for it."""
+        self._is_delta = params.output_kind is RequestOutputKind.DELTA
+        self._is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
         self.stats = RequestStateStats(arrival_time=processed.arrival_time_s)
         self.num_cached_tokens: int | None = None
         self._prompt_logprobs: _LogprobColumns | None = None
@@ -195,36 +198,26 @@ class _Request:
             self._prompt_logprobs = _LogprobColumns(params.flat_logprobs, self.decode_token)
             self._prompt_logprobs.append_none()
 
-    def note(self, answer: _Answer, output: EngineCoreOutput, now: _Now, observer: RequestObserver | None) -> None:
-        """Take in what belongs to the request as a whole; before ``answer.apply``."""
-        if answer.index == 0:
-            if self.num_cached_tokens is None or output.num_cached_tokens > self.num_cached_tokens:
-                self.num_cached_tokens = output.num_cached_tokens
-            if output.prompt_logprobs is not None and self._prompt_logprobs is not None:
-                columns = output.prompt_logprobs
-                self._prompt_logprobs.extend(columns, len(columns.token_ids), 0)
-        if output.new_token_ids:
-            stats = self.stats
-            stats.last_token_ts = now.monotonic_s
-            if not stats.first_token_ts:
-                stats.first_token_ts = now.monotonic_s
-                stats.first_token_latency = now.time_s - stats.arrival_time
-                if observer is not None:
-                    observer.first_token(stats.first_token_latency)
-            elif observer is not None and answer.last_token_s:
-                observer.later_token(now.monotonic_s - answer.last_token_s)
-            answer.last_token_s = now.monotonic_s
+    def note_prompt(self, output: EngineCoreOutput) -> None:
+        """Take in what the first answer's outputs say of the prompt; before ``_Answer.apply``."""
+        if self.num_cached_tokens is None or output.num_cached_tokens > self.num_cached_tokens:
+            self.num_cached_tokens = output.num_cached_tokens
+        if output.prompt_logprobs is not None and self._prompt_logprobs is not None:
+            columns = output.prompt_logprobs
+            self._prompt_logprobs.extend(columns, len(columns.token_ids), 0)
 
     def output(self) -> RequestOutput | None:
         """What the caller gets after this batch; None when there is nothing to show."""
+        self.is_touched = False
         finished = self.num_unfinished == 0
-        kind = self.params.output_kind
-        if kind is RequestOutputKind.FINAL_ONLY and not finished:
+        if self._is_final_only and not finished:
             return None
-        delta = kind is RequestOutputKind.DELTA
-        fresh = [answer for answer in self.answers if answer.is_new]
+        delta, shown = self._is_delta, self.answers
+        fresh = [answer for answer in shown if answer.is_new]
         if not fresh:
             return None
+        if delta:
+            shown = fresh
         if finished:
             self._settle_stats()
         processed = self.processed
@@ -233,7 +226,7 @@ class _Request:
             processed.prompt,
             processed.prompt_token_ids,
             None if self._prompt_logprobs is None else self._show_prompt_logprobs(delta),
-            [answer.completion(delta=delta) for answer in (fresh if delta else self.answers)],
+            [answer.completion(delta=delta) for answer in shown],
             finished,
             self.stats,
             None,
@@ -344,30 +337,52 @@ class OutputProcessor:
 
     def process(self, outputs: Sequence[EngineCoreOutput]) -> ProcessedOutputs[RequestOutput]:
         """Take in what the core sent. Outputs for requests that are not known (any more) are dropped."""
-        now = _Now(time.time(), time.monotonic())
-        touched: dict[str, _Request] = {}
+        now_s = time.monotonic()
+        answers = self._answers
+        touched: list[_Request] = []
         abort_ids: list[str] = []
+        gaps: dict[float, int] = {}
+        """When the last token before came, to the number of tokens that followed on one of that time."""
         for output in outputs:
-            answer = self._answers.get(output.request_id)
+            answer = answers.get(output.request_id)
             if answer is None:
                 continue
             request = answer.request
-            request.note(answer, output, now, self._observer)
+            if not request.is_touched:
+                request.is_touched = True
+                touched.append(request)
+            if answer.index == 0 and (
+                output.num_cached_tokens != request.num_cached_tokens or output.prompt_logprobs is not None
+            ):
+                request.note_prompt(output)
+            if output.new_token_ids:
+                last_s = answer.last_token_s
+                if last_s:
+                    gaps[last_s] = gaps.get(last_s, 0) + 1
+                elif not request.stats.first_token_ts:
+                    self._note_first_token(request.stats, now_s)
+                answer.last_token_s = request.stats.last_token_ts = now_s
             if answer.apply(output):
                 abort_ids.append(output.request_id)
             if answer.finish_reason is not None:
-                del self._answers[output.request_id]
+                del answers[output.request_id]
                 request.num_unfinished -= 1
-            touched[request.processed.request_id] = request
-        request_outputs: list[RequestOutput] = []
-        for request_id, request in touched.items():
-            made = request.output()
-            if made is None:
-                continue
-            request_outputs.append(made)
+        if self._observer is not None:
+            for last_s, count in gaps.items():
+                self._observer.later_tokens(now_s - last_s, count)
+        request_outputs = [made for request in touched if (made := request.output()) is not None]
+        for made in request_outputs:
             if made.finished:
-                del self._requests[request_id]
-                if self._observer is not None:
-                    cached = request.num_cached_tokens or 0
-                    self._observer.finished(request.processed, request.stats, cached, now.time_s)
+                self._finish(made.request_id)
         return ProcessedOutputs(request_outputs, abort_ids)
+
+    def _note_first_token(self, stats: RequestStateStats, now_s: float) -> None:
+        stats.first_token_ts = now_s
+        stats.first_token_latency = time.time() - stats.arrival_time
+        if self._observer is not None:
+            self._observer.first_token(stats.first_token_latency)
+
+    def _finish(self, request_id: str) -> None:
+        request = self._requests.pop(request_id)
+        if self._observer is not None:
+            self._observer.finished(request.processed, request.stats, request.num_cached_tokens or 0, time.time())

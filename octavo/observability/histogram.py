@@ -1,6 +1,6 @@
 """Distributions as counts per bucket: cheap to add to, exact to merge. Knows no names and no Prometheus.
 
-Observing costs a binary search in a short list and two additions: it is done for every token of every stream.
+Observing costs a binary search in a short list and two additions: it is done for every step of the engine.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class HistogramState:
         """How many were observed."""
         return sum(self.counts)
 
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def observe(self, value: float, count: int = 1) -> None:
+        """Count a value, as often as it occurred."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.total += value * count
 
     def merge(self, counts: Sequence[int], total: float) -> None:
         """Add what another histogram with the same bounds has counted."""

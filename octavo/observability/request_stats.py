@@ -82,9 +82,9 @@ class RequestStats:
         """The first token of a request is here, so long after the request."""
         self._first_token(latency_s)
 
-    def later_token(self, gap_s: float) -> None:
-        """Another token of an answer, so long after the one before it."""
-        self._gap(gap_s)
+    def later_tokens(self, gap_s: float, count: int) -> None:
+        """Another token of so many answers, each so long after the one before it."""
+        self._gap(gap_s, count)
 
     def finished(
         self, request: FinishedRequest, stats: RequestStateStats, num_cached_tokens: int, now_s: float

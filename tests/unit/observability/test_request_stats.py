@@ -44,8 +44,8 @@ def test_buckets_hold_values_up_to_their_bound() -> None:
 def test_a_request_in_numbers() -> None:
     stats = RequestStats()
     stats.first_token(0.2)
-    for _ in range(4):
-        stats.later_token(0.05)
+    stats.later_tokens(0.05, 3)
+    stats.later_tokens(0.05, 1)
     finished_request(stats, queued_ts=10.0, scheduled_ts=10.5, first_token_ts=11.0, last_token_ts=12.0)
     seen = values(stats)
     sums = {name.partition(":")[2]: round(each.sum, 6) for name, each in seen.items() if each.count}
