@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -16,6 +17,9 @@ from octavo.engine.frontend import AnyOutput
 from octavo.outputs import RequestOutput
 from octavo.pooling_outputs import PoolingRequestOutput
 
+TOLD_PER_TURN = 64
+"""Readers that are told in one turn of the event loop. What a step gave thousands of them would hold up for as long as
+all of it takes whatever else the loop has to do."""
 Out = TypeVar("Out", RequestOutput, PoolingRequestOutput)
 OutIn = TypeVar("OutIn", RequestOutput, PoolingRequestOutput, contravariant=True)
 
@@ -167,6 +171,8 @@ class Mailroom:
         self.loop = loop
         self._lock = threading.Lock()
         self._mail: list[Mail] = []
+        self._untold: deque[OutputStream[Any]] = deque()
+        """Streams that hold what their readers have not been told of."""
 
     def post(self, mail: list[Mail]) -> None:
         """Leave outputs, from any thread.
@@ -183,6 +189,15 @@ class Mailroom:
     def _deliver(self) -> None:
         with self._lock:
             mail, self._mail = self._mail, []
-        touched = [stream for stream, item in mail if stream.hold(item)]
-        for stream in touched:
-            stream.flush()
+        is_telling = bool(self._untold)
+        self._untold.extend(stream for stream, item in mail if stream.hold(item))
+        if not is_telling:
+            self._tell()
+
+    def _tell(self) -> None:
+        try:
+            for _ in range(min(TOLD_PER_TURN, len(self._untold))):
+                self._untold.popleft().flush()
+        finally:
+            if self._untold:
+                self.loop.call_soon(self._tell)
