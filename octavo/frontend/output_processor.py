@@ -8,7 +8,7 @@ fired. Text is made in ``detokenizer.py``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -341,8 +341,7 @@ class OutputProcessor:
         answers = self._answers
         touched: list[_Request] = []
         abort_ids: list[str] = []
-        gaps: dict[float, int] = {}
-        """When the last token before came, to the number of tokens that followed on one of that time."""
+        gaps: dict[float, int] = {}  # when the token before came (0.0: there was none) to how many came after one
         for output in outputs:
             answer = answers.get(output.request_id)
             if answer is None:
@@ -357,9 +356,8 @@ class OutputProcessor:
                 request.note_prompt(output)
             if output.new_token_ids:
                 last_s = answer.last_token_s
-                if last_s:
-                    gaps[last_s] = gaps.get(last_s, 0) + 1
-                elif not request.stats.first_token_ts:
+                gaps[last_s] = gaps.get(last_s, 0) + 1
+                if not last_s:
                     self._note_first_token(request.stats, now_s)
                 answer.last_token_s = request.stats.last_token_ts = now_s
             if answer.apply(output):
@@ -367,22 +365,31 @@ class OutputProcessor:
             if answer.finish_reason is not None:
                 del answers[output.request_id]
                 request.num_unfinished -= 1
-        if self._observer is not None:
-            for last_s, count in gaps.items():
-                self._observer.later_tokens(now_s - last_s, count)
+        self._note_gaps(gaps, now_s)
+        return ProcessedOutputs(self._shown(touched), abort_ids)
+
+    def _shown(self, touched: Sequence[_Request]) -> list[RequestOutput]:
+        """What the callers get, and the end of those requests that are finished."""
         request_outputs = [made for request in touched if (made := request.output()) is not None]
         for made in request_outputs:
             if made.finished:
-                self._finish(made.request_id)
-        return ProcessedOutputs(request_outputs, abort_ids)
+                request = self._requests.pop(made.request_id)
+                if self._observer is not None:
+                    cached = request.num_cached_tokens or 0
+                    self._observer.finished(request.processed, request.stats, cached, time.time())
+        return request_outputs
 
     def _note_first_token(self, stats: RequestStateStats, now_s: float) -> None:
-        stats.first_token_ts = now_s
-        stats.first_token_latency = time.time() - stats.arrival_time
-        if self._observer is not None:
-            self._observer.first_token(stats.first_token_latency)
+        """Of an answer; only the request's counts."""
+        if not stats.first_token_ts:
+            stats.first_token_ts = now_s
+            stats.first_token_latency = time.time() - stats.arrival_time
+            if self._observer is not None:
+                self._observer.first_token(stats.first_token_latency)
 
-    def _finish(self, request_id: str) -> None:
-        request = self._requests.pop(request_id)
+    def _note_gaps(self, gaps: Mapping[float, int], now_s: float) -> None:
+        """Count how long tokens came after the one before them, 0.0 where there was none."""
         if self._observer is not None:
-            self._observer.finished(request.processed, request.stats, request.num_cached_tokens or 0, time.time())
+            for last_s, count in gaps.items():
+                if last_s:
+                    self._observer.later_tokens(now_s - last_s, count)
