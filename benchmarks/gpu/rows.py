@@ -5,8 +5,9 @@
 A chain of copies of one weight, larger than the L2 cache together, is recorded as a graph: the kernel that comes before
 the product in a layer, the product, and so on. Printed are microseconds of a pair, and of the product as what is left
 when the neighbour's own time is taken off; GB/s of weights and TFLOP/s belong to that. gate_up is the product and its
-activation, in one launch or in two. Every plan's result is compared with torch's. At the end a layer's products in a
-row, by cuBLAS and by the winners. ``--write`` puts the winners into the table that ``choose_plan`` reads.
+activation, in one launch or in two. Every plan's result is compared with torch's. At the end of each number of
+rows stands a whole layer but for attention, by cuBLAS and by the winners. ``--write`` puts plans into the table that
+``choose_plan`` reads: the fewest different ones within 3 % of the winners, since each is compiled at a start.
 
 Plans are compiled by several processes first. ``--device cpu`` tries the script on tiny sizes, by Triton's interpreter
 (``TRITON_INTERPRET=1``).
@@ -20,6 +21,7 @@ import json
 import multiprocessing
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -180,16 +182,43 @@ def compile_all(jobs: list[tuple[SkinnyPlan, bool, str]]) -> None:
     print(f"compiled {len(jobs)} variants in {time.monotonic() - began:.1f} s", flush=True)
 
 
+Times = dict[SkinnyPlan | None, float]
+"""Microseconds of a pair by plan; None is cuBLAS."""
+Measured = dict[Product, dict[int, Times]]
 Winners = dict[Product, dict[int, SkinnyPlan | None]]
+NEARLY = 1.03
+"""A plan that takes so many times the winner's time is as good."""
 
 
-def measure(product: Product, rows: int, options: argparse.Namespace) -> SkinnyPlan | None:
-    """Print a row for each plan, fastest first; returns the winner."""
+def fewest(measured: Measured) -> Winners:
+    """A plan for each product and number of rows, nearly the fastest, so that few kernels are compiled: again and again
+    the one that serves most of those that have none yet. cuBLAS where it wins."""
+    chosen: Winners = {product: {} for product in measured}
+    good: dict[tuple[Product, int], set[tuple[SkinnyPlan, bool]]] = {}
+    for product, by_rows in measured.items():
+        for rows, times in by_rows.items():
+            best = min(times.values())
+            if times[None] == best:
+                chosen[product][rows] = None
+                continue
+            near = {plan for plan, us in times.items() if plan is not None and us <= min(NEARLY * best, times[None])}
+            good[product, rows] = {(plan, product.is_gated) for plan in near}
+    while good:
+        counts = Counter(key for keys in good.values() for key in keys)
+        (plan, is_gated), _ = counts.most_common(1)[0]
+        for product, rows in [cell for cell, keys in good.items() if (plan, is_gated) in keys]:
+            chosen[product][rows] = plan
+            del good[product, rows]
+    return {product: dict(sorted(plans.items())) for product, plans in chosen.items()}
+
+
+def measure(product: Product, rows: int, options: argparse.Namespace) -> Times:
+    """Print a row for each plan, fastest first."""
     chain = Chain(product, rows, options.device, options.dtype)
     chain.run_neighbours()
     count = len(chain.weights)
     alone = time_us(chain.run_neighbours, options.device) / count
-    took: dict[SkinnyPlan | None, float] = {}
+    took: Times = {}
     for plan in (None, *plans_of(product, rows, options.best)):
         if plan is not None:
             chain.check(plan)
@@ -211,7 +240,7 @@ def measure(product: Product, rows: int, options: argparse.Namespace) -> SkinnyP
             f"{'  <' if plan == winner else ''}",
             flush=True,
         )
-    return winner
+    return took
 
 
 def layer_us(model: list[Product], rows: int, winners: Winners | None, options: argparse.Namespace) -> float:
@@ -232,22 +261,26 @@ def layer_us(model: list[Product], rows: int, winners: Winners | None, options: 
     return time_us(run, options.device) / count
 
 
-def measure_all(models: list[list[Product]], options: argparse.Namespace, deadline: float) -> Winners:
-    winners: Winners = {product: {} for model in models for product in model}
+def measure_all(models: list[list[Product]], options: argparse.Namespace, deadline: float) -> Measured:
+    measured: Measured = {product: {} for model in models for product in model}
     for model in models:
         for rows in options.rows:
             for product in model:
                 if time.monotonic() > deadline:
                     print(f"{product.model} {product.name} {rows} rows: skipped, out of time", flush=True)
                     continue
-                winners[product][rows] = measure(product, rows, options)
+                measured[product][rows] = measure(product, rows, options)
             if time.monotonic() < deadline:
+                winners: Winners = {
+                    product: {rows: min(measured[product][rows], key=measured[product][rows].__getitem__)}
+                    for product in model
+                }
                 before, after = (layer_us(model, rows, which, options) for which in (None, winners))
                 name = model[0].model
                 print(
                     f"{name}   layer {rows:4} rows: {before:8.2f} us by cuBLAS, {after:8.2f} by the winners", flush=True
                 )
-    return winners
+    return measured
 
 
 def write(winners: Winners, path: Path) -> None:
@@ -290,9 +323,9 @@ def main() -> None:
         compile_all(list(dict.fromkeys(jobs)))
     # One stream for all, since cuBLAS keeps memory for each, and graphs are not recorded in the default one.
     with torch.cuda.stream(torch.cuda.Stream()) if options.device == "cuda" else contextlib.nullcontext():
-        winners = measure_all(models, options, began + options.time_limit)
+        measured = measure_all(models, options, began + options.time_limit)
     if options.write:
-        write({product: plans for product, plans in winners.items() if plans}, _table_path())
+        write(fewest({product: times for product, times in measured.items() if times}), _table_path())
 
 
 def _table_path() -> Path:
