@@ -44,6 +44,8 @@ def limits_for(config: SchedulerConfig, count: int = 1) -> AdmissionLimits:
 class Ticket:
     """Room that one HTTP request holds. Closed by leaving it as a context, or by ``close``."""
 
+    __slots__ = ("_admission", "_previous", "is_open", "num_sequences", "num_tokens")
+
     def __init__(self, admission: Admission, num_sequences: int, num_tokens: int) -> None:
         self._admission = admission
         self.num_sequences = num_sequences

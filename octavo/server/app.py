@@ -90,7 +90,7 @@ def with_layers(service: Service, routes: Routes) -> ASGIApp:
             log_internal(error, scope)
         return error_response(error, config.error_format)
 
-    stack: ASGIApp = _contained(Dispatch(routes.direct, routes.framework, answer_to))
+    stack: ASGIApp = Dispatch(routes.direct, routes.framework, answer_to)
     stack = stack if config.root_path is None else _rooted(stack, config.root_path)
     for layer in reversed(service.layers):
         stack = layer(stack)
@@ -114,18 +114,6 @@ def _only_for_browsers(with_cors: ASGIApp, app: ASGIApp) -> ASGIApp:
         return (app if is_plain else with_cors)(scope, receive, send)
 
     return chosen
-
-
-def _contained(app: ASGIApp) -> ASGIApp:
-    """``app`` whose failures are answered and logged, once, and go no further."""
-
-    async def contained(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        try:
-            await app(scope, receive, send)
-        except Exception as error:  # border of the application: the client has its answer by now
-            log_internal(error, scope)
-
-    return contained
 
 
 def _rooted(app: ASGIApp, root_path: str) -> ASGIApp:
@@ -163,7 +151,7 @@ def _add_error_handlers(app: FastAPI, error_format: str) -> None:
         return Response(status_code=CLIENT_GONE)  # nobody reads it
 
     async def on_other(_request: Request, error: Exception) -> Response:
-        return error_response(error, error_format)  # and it is raised once more, see _contained
+        return error_response(error, error_format)  # and it is raised once more, see Dispatch
 
     app.add_exception_handler(OctavoError, on_octavo_error)
     app.add_exception_handler(HTTPException, on_http_exception)

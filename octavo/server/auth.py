@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from octavo.server.openai_errors import HTTPRefusal, error_response
@@ -65,16 +65,15 @@ class KeyCheck:
         self._root_path = root_path
         self._error_format = error_format
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """As ASGI wants it."""
+    def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> Awaitable[None]:
+        """As ASGI wants it; no coroutine of its own, which would last as long as the answer."""
         if scope["type"] == "http":
             refusal = self._check(scope)
             if refusal is not None:
-                await error_response(refusal, self._error_format)(scope, receive, send)
-                return
+                return error_response(refusal, self._error_format)(scope, receive, send)
         elif scope["type"] != "lifespan":
-            return  # nothing else is served
-        await self._app(scope, receive, send)
+            return _nothing()  # nothing else is served
+        return self._app(scope, receive, send)
 
     def _check(self, scope: dict[str, Any]) -> HTTPRefusal | None:
         """Why this request is not let through; None if it is. Names the tenant in the scope's state."""
@@ -103,6 +102,9 @@ class KeyCheck:
             )
         scope.setdefault("state", {})["tenant"] = f"key-{index + 1}"
         return None
+
+
+async def _nothing() -> None: ...
 
 
 def _bearer(header: bytes) -> bytes | None:

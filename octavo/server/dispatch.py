@@ -19,6 +19,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
+from octavo.server.openai_errors import log_internal
 from octavo.server.paths import routed_path
 
 ASGIApp = Callable[..., Any]
@@ -57,7 +58,8 @@ def direct_routes(routers: Iterable[APIRouter]) -> DirectRoutes:
 
 
 class Dispatch:
-    """ASGI application: calls direct routes, and hands on everything else.
+    """ASGI application: calls direct routes, and hands on everything else. What fails is answered and logged, once, and
+    goes no further.
 
     Args:
         routes: By method and path.
@@ -73,12 +75,14 @@ class Dispatch:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """As ASGI wants it."""
         found = None if scope["type"] != "http" else self._routes.get((scope["method"], routed_path(scope)))
-        if found is None:
-            await self._others(scope, receive, send)
-            return
-        scope["route"] = found.route
-        response = await self._ask(found, scope, receive)
-        await response(scope, receive, send)
+        try:
+            if found is None:
+                await self._others(scope, receive, send)
+                return
+            scope["route"] = found.route
+            await (await self._ask(found, scope, receive))(scope, receive, send)
+        except Exception as error:  # border of the application: the client has its answer by now, or none will help
+            log_internal(error, scope)
 
     async def _ask(self, found: DirectRoute, scope: dict[str, Any], receive: Any) -> Response:
         # A frame of its own: while an answer streams, neither the request nor what was raised is held.

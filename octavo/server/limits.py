@@ -131,6 +131,8 @@ class BoundedBody:
         timeout_s: From now to its end.
     """
 
+    __slots__ = ("_deadline_s", "_is_complete", "_max_bytes", "_num_bytes", "_receive", "_timeout_s", "is_held_back")
+
     def __init__(self, receive: Any, max_bytes: int, timeout_s: float) -> None:
         self._receive = receive
         self._max_bytes = max_bytes

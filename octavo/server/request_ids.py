@@ -39,6 +39,9 @@ def request_ids(app: ASGIApp, *, shown: bool) -> ASGIApp:
                     message["headers"] = [*headers, (HEADER, state["request_id"].encode())]
             await send(message)
 
-        await app(scope, receive, send_with_id if shown else send)
+        try:
+            await app(scope, receive, send_with_id if shown else send)
+        finally:
+            del state[DIRECT_SEND]  # it leads to the web server's side of the request, which has the scope: a cycle
 
     return with_id

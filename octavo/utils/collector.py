@@ -20,9 +20,9 @@ QUIET = 50
 """Open requests up to which a full collection takes some milliseconds only."""
 LATEST_S = 600.0
 """A process that is never quiet is held up once in this time."""
-YOUNG, MIDDLE, NEVER = 10_000, 20, 1_000_000
-"""Thresholds of the interpreter's three generations. Fewer and larger young collections: most of what a request makes
-is gone by the time of the next one."""
+YOUNG, MIDDLE, NEVER = 5_000, 5, 1_000_000
+"""Thresholds of the interpreter's three generations: young collections are rarer than by default, for most of what a
+request makes is gone by the time of the next one, and each stays below some ten milliseconds."""
 
 
 class Collector:
