@@ -330,7 +330,9 @@ class OutputProcessor:
         forgotten: list[str] = []
         for request_id in request_ids:
             forgotten.extend(self.core_ids(request_id))
-            self._requests.pop(request_id, None)
+            request = self._requests.pop(request_id, None)
+            if request is not None:
+                request.answers.clear()
         for core_id in forgotten:
             del self._answers[core_id]
         return forgotten
@@ -374,6 +376,7 @@ class OutputProcessor:
         for made in request_outputs:
             if made.finished:
                 request = self._requests.pop(made.request_id)
+                request.answers.clear()  # each knows its request: a cycle would keep both until garbage is collected
                 if self._observer is not None:
                     cached = request.num_cached_tokens or 0
                     self._observer.finished(request.processed, request.stats, cached, time.time())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -302,6 +303,27 @@ def test_forgotten_requests_get_nothing(outputs: OutputProcessor, submit: Submit
     assert step(outputs, byte_level.encode("a"), ids[0], finish_reason=FinishReason.ABORT) == (None, [])
     assert (outputs.num_unfinished, outputs.core_ids("r")) == (0, [])
     submit(n=2)
+
+
+def test_a_request_leaves_no_garbage(outputs: OutputProcessor, submit: Submit) -> None:
+    """A busy server collects garbage rarely: what refers to itself would stay for minutes."""
+    gc.collect()
+    gc.disable()
+    try:
+        for core in submit("a", n=2).core_requests:
+            step(outputs, [5], core.request_id, finish_reason=FinishReason.LENGTH)
+        del core
+        submit("b")
+        outputs.forget(["b"])
+        assert not outputs.num_unfinished
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = [each for each in gc.garbage if type(each).__module__.startswith("octavo")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left
 
 
 def test_an_id_in_use_is_refused(outputs: OutputProcessor, submit: Submit) -> None:
