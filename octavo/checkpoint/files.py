@@ -1,4 +1,4 @@
-"""Small readers for files inside a model folder: bounded JSON and text, and the rule about links.
+"""Small readers for files inside a model folder: bounded JSON and text, the rule about links, mapped pages.
 
 Knows nothing of what the files mean. Every error is a ``CheckpointError`` that names the file.
 """
@@ -6,6 +6,7 @@ Knows nothing of what the files mean. Every error is a ``CheckpointError`` that 
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,3 +84,13 @@ def parse_json_object(text: str, file: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(file, f"must hold a JSON object, not {type(value).__name__}")
     return cast("dict[str, Any]", value)
+
+
+def drop_pages(mapped: mmap.mmap, start: int, num_bytes: int) -> None:
+    """Take the pages of a byte range of a file out of the resident set, where the system can."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    length = min(start + num_bytes, len(mapped)) - first
+    if length > 0:
+        mapped.madvise(mmap.MADV_DONTNEED, first, length)

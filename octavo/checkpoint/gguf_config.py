@@ -48,9 +48,6 @@ def gguf_to_hf_config(gguf: GGUFFile) -> tuple[dict[str, Any], dict[str, Any]]:
     family = _FAMILIES.get(arch) if isinstance(arch, str) else None
     if family is None:
         raise header.error(f"general.architecture is {arch!r:.60}, but only {', '.join(sorted(_FAMILIES))} can be read")
-    parts = gguf.metadata.get("split.count", 1)
-    if parts not in (0, 1):
-        raise header.error(f"is one of {parts} parts (split.count); merge them with llama.cpp's gguf-split first")
     if header.get("expert_count") and not family.has_experts:
         raise header.error(
             f"{arch}.expert_count is {header.get('expert_count')}: mixtures of experts of this family cannot be read"
@@ -186,7 +183,7 @@ def _factors(header: _Reader, tensor: GGUFTensor, rotary_dim: int) -> list[float
         raise header.error(
             f"is {tensor.quant_type} {list(tensor.shape)}, but must be F32 [{rotary_dim // 2}]", tensor.name
         )
-    values = struct.unpack(f"<{rotary_dim // 2}f", header.gguf.read(tensor))
+    values = struct.unpack(f"<{rotary_dim // 2}f", header.gguf.view(tensor))
     if not all(math.isfinite(v) and v > 0 for v in values):
         raise header.error("holds a divisor that is not a positive number", tensor.name)
     return list(values)

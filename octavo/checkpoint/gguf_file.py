@@ -1,4 +1,6 @@
-"""Reader for the header of a GGUF file: metadata and the index of tensors, every number checked against the file.
+"""Reader for the header of a GGUF model: metadata and the index of tensors, every number checked against the file.
+
+A model may lie in several files (``gguf_parts.py``): the first has the metadata, each has an index of its own tensors.
 
 Knows the container only: not what the keys mean (``gguf_config.py``, ``gguf_tokenizer.py``) and not how to turn
 blocks into floats (``octavo/loader/gguf.py``). Counts, lengths, dimensions and offsets are Python integers, so nothing
@@ -13,11 +15,14 @@ import mmap
 import os
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from octavo.checkpoint.files import drop_pages
+from octavo.checkpoint.gguf_parts import parts_of
 from octavo.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -74,6 +79,8 @@ QUANT_TYPES: dict[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17),
 }
 """Type id to (name, values per block, bytes per block): the types whose weights can be read."""
+_LEFT_OUT = object()
+"""In place of strings that nobody asked for."""
 _OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 40: "NVFP4"}
 
 
@@ -88,8 +95,10 @@ class GGUFTensor:
     values_per_block: int
     bytes_per_block: int
     offset: int
-    """From the start of the file, in bytes."""
+    """From the start of its file, in bytes."""
     num_bytes: int
+    part: int = 0
+    """Which of the model's files it is in."""
 
     @property
     def num_rows(self) -> int:
@@ -103,44 +112,63 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """A mapped GGUF file whose header has been read and checked. Use as a context manager.
+    """A mapped GGUF model whose headers have been read and checked. Use as a context manager.
 
     Args:
-        path: The file.
+        path: The file, or any part of a model in several.
+        with_strings: False leaves lists of strings (vocabularies) out of ``metadata``: they are most of the work.
 
     Raises:
-        CheckpointError: The header is damaged, lies about the file, or holds a tensor type that cannot be read.
+        CheckpointError: A header is damaged, lies about its file, or holds a tensor type that cannot be read; a part
+            is missing or belongs to another model.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, with_strings: bool = True) -> None:
         self.path = Path(path)
+        self._maps: list[mmap.mmap] = []
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, GGUFTensor] = {}
+        paths = parts_of(self.path)
         try:
-            with self.path.open("rb") as f:
-                self.num_bytes = os.fstat(f.fileno()).st_size
-                if self.num_bytes < 24:
-                    raise CheckpointError(str(path), f"has only {self.num_bytes} bytes: no GGUF header")
-                # A private mapping: nothing is ever written, but torch refuses views of read-only memory.
-                self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        except OSError as exc:
-            raise CheckpointError(str(path), f"cannot be opened: {exc}") from exc
-        try:
-            header = _Header(self.map, str(self.path))
-            header.read()
+            for number, part in enumerate(paths):
+                mapped = _map_file(part)
+                self._maps.append(mapped)
+                header = _Header(mapped, str(part), number, with_strings)
+                header.read()
+                _check_part(header, number, len(paths))
+                if number == 0:
+                    self.metadata = header.metadata
+                for name, tensor in header.tensors.items():
+                    if self.tensors.setdefault(name, tensor) is not tensor:
+                        raise CheckpointError(str(part), "is in an earlier part too", tensor=name)
+            total = self.metadata.get("split.tensors.count")
+            if len(paths) > 1 and total is not None and total != len(self.tensors):
+                reason = f"speaks of {total} tensors (split.tensors.count), but the parts hold {len(self.tensors)}"
+                raise CheckpointError(str(paths[0]), reason)
         except BaseException:
-            self.map.close()
+            self.close()
             raise
-        self.metadata: dict[str, Any] = header.metadata
-        self.tensors: dict[str, GGUFTensor] = header.tensors
 
-    def read(self, tensor: GGUFTensor, row_start: int = 0, row_end: int | None = None) -> bytes:
-        """A copy of the raw blocks of rows ``row_start`` to ``row_end`` (all to the end when None)."""
+    def view(self, tensor: GGUFTensor, row_start: int = 0, row_end: int | None = None) -> memoryview:
+        """The raw blocks of rows ``row_start`` to ``row_end`` (all to the end when None), as they lie in the file.
+
+        Not to be written to; to be dropped before the file is closed.
+        """
         end = tensor.num_rows if row_end is None else row_end
         assert 0 <= row_start <= end <= tensor.num_rows
-        return self.map[tensor.offset + row_start * tensor.row_bytes : tensor.offset + end * tensor.row_bytes]
+        whole = memoryview(self._maps[tensor.part])
+        return whole[tensor.offset + row_start * tensor.row_bytes : tensor.offset + end * tensor.row_bytes]
+
+    def drop(self, tensor: GGUFTensor, row_start: int, row_end: int) -> None:
+        """Take the pages of these rows out of the resident set, where the system can."""
+        start = tensor.offset + row_start * tensor.row_bytes
+        drop_pages(self._maps[tensor.part], start, (row_end - row_start) * tensor.row_bytes)
 
     def close(self) -> None:
-        """Unmap the file."""
-        self.map.close()
+        """Unmap the files. Where somebody still holds a view, its file goes with the last of them."""
+        for mapped in self._maps:
+            with suppress(BufferError):
+                mapped.close()
 
     def __enter__(self) -> Self:
         return self
@@ -149,12 +177,39 @@ class GGUFFile:
         self.close()
 
 
+def _map_file(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as f:
+            num_bytes = os.fstat(f.fileno()).st_size
+            if num_bytes < 24:
+                raise CheckpointError(str(path), f"has only {num_bytes} bytes: no GGUF header")
+            # A private mapping: nothing is ever written, but torch refuses views of read-only memory.
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as exc:
+        raise CheckpointError(str(path), f"cannot be opened: {exc}") from exc
+
+
+def _check_part(header: _Header, number: int, count: int) -> None:
+    """What a header says of its place among the parts must be what the names of the files say."""
+    stated = header.metadata.get("split.count", 1) or 1
+    if stated != count:
+        named = f"its name says {count}" if count > 1 else "its name does not say so, and the others cannot be found"
+        raise header.error(
+            f"is one of {stated!r:.20} parts (split.count), but {named}: parts are called NAME-00001-of-00003.gguf"
+        )
+    stated_number = header.metadata.get("split.no", number)
+    if count > 1 and stated_number != number:
+        raise header.error(f"is part {stated_number} counted from 0 (split.no), but is named as part {number}")
+
+
 class _Header:
     """One pass over the header."""
 
-    def __init__(self, data: mmap.mmap, file: str) -> None:
+    def __init__(self, data: mmap.mmap, file: str, part: int = 0, with_strings: bool = True) -> None:
         self.data = data
         self.file = file
+        self.part = part
+        self.with_strings = with_strings
         self.end = len(data)
         self.limit = min(self.end, MAX_HEADER_BYTES)
         self.position = 0
@@ -217,7 +272,9 @@ class _Header:
             if key in self.metadata:
                 raise self.error(f"holds the metadata key {key!r} twice")
             self.what = f"metadata key {key!r}"
-            self.metadata[key] = self.value(self.u32(), 0)
+            value = self.value(self.u32(), 0)
+            if value is not _LEFT_OUT:
+                self.metadata[key] = value
         self.index(num_tensors)
 
     def value(self, kind: int, depth: int) -> Any:
@@ -238,7 +295,7 @@ class _Header:
             raise self.error(f"{self.what} is a boolean of value {value}")
         return bool(value)
 
-    def array(self, depth: int) -> list[Any]:
+    def array(self, depth: int) -> Any:
         if depth > MAX_ARRAY_DEPTH:
             raise self.error(f"{self.what} nests arrays more than {MAX_ARRAY_DEPTH} deep")
         kind, count = self.u32(), self.u64()
@@ -251,7 +308,7 @@ class _Header:
         if self.num_elements > MAX_ELEMENTS:
             raise self.error(f"{self.what}: arrays with more than {MAX_ELEMENTS} elements together are refused")
         if kind == _STRING:
-            return self.strings(count)
+            return self.strings(count) if self.with_strings else self.skip_strings(count)
         if kind == _ARRAY:
             return [self.array(depth + 1) for _ in range(count)]
         start = self.need(count * size)
@@ -281,6 +338,19 @@ class _Header:
             raise self.error(f"{self.what}: string {len(result)} is not UTF-8: {exc}") from exc
         self.position = position
         return result
+
+    def skip_strings(self, count: int) -> object:
+        """As ``strings``, for those that nobody asks for: a quarter of the time."""
+        data, position, limit = self.data, self.position, self.limit
+        length_at: Callable[[Any, int], tuple[int]] = _SCALARS[10].unpack_from
+        for index in range(count):
+            if limit - position < 8:
+                raise self.error(f"{self.what} ends in the middle of string {index}")
+            position += 8 + length_at(data, position)[0]
+        if position > limit:
+            raise self.error(f"{self.what}: string {count - 1} claims more bytes than are left")
+        self.position = position
+        return _LEFT_OUT
 
     def index(self, num_tensors: int) -> None:
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
@@ -328,7 +398,7 @@ class _Header:
                 "it is truncated or its header is wrong",
                 name,
             )
-        return GGUFTensor(name, shape, quant_type, values, size, offset, num_bytes)
+        return GGUFTensor(name, shape, quant_type, values, size, offset, num_bytes, self.part)
 
 
 def _shortest(value: float) -> float:

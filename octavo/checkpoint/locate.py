@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from octavo.checkpoint.gguf_parts import one_each
 from octavo.errors import ModelNotFoundError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class LocatedModel:
     name: str
     """As the user named it; the alias when none was named."""
     path: str
-    """A folder with config.json, or a GGUF file."""
+    """A folder with config.json, or a GGUF file (of a model in several: any of them)."""
     format: str
     """``safetensors``, ``gguf``, ``pt`` (a folder with ``pytorch_model.bin``), or ``none``: a folder with config.json
     and without weights (for dummy weights)."""
@@ -77,7 +78,7 @@ def locate_model(
 
     Args:
         model: Local folder, local ``.gguf`` file, alias, or hub name ``organisation/name``; with ``:Q4_K_M`` behind it,
-            the one GGUF file of the repository whose name holds that word. None is the default alias.
+            the one GGUF model of the repository whose name holds that word. None is the default alias.
         revision: Branch, tag or commit on the hub; None is the main branch.
         download_dir: Cache folder of downloads; None is the hub library's own.
         with_code: Fetch Python files of a repository on the hub too.
@@ -128,7 +129,8 @@ def _unknown(name: str) -> str:
 def _from_disk(name: str, path: Path) -> LocatedModel:
     if path.is_file():
         if path.suffix == ".gguf":
-            return LocatedModel(name, str(path.resolve()), "gguf")
+            # Not where a link leads to: in the hub's cache the link has the name by which other parts are found.
+            return LocatedModel(name, os.path.abspath(path), "gguf")
         if path.suffix in _PICKLES:
             raise ModelNotFoundError(_pickle_refusal(path), param="model")
         raise ModelNotFoundError(f"{path} is neither a folder nor a .gguf file", param="model")
@@ -138,7 +140,7 @@ def _from_disk(name: str, path: Path) -> LocatedModel:
 def _from_folder(name: str, path: Path) -> LocatedModel:
     folder = path.resolve()
     names = sorted(os.listdir(folder))
-    gguf = [n for n in names if n.endswith(".gguf")]
+    gguf = [path.name for path in one_each(folder / n for n in names if n.endswith(".gguf"))]
     if "config.json" in names:
         if any(n.endswith(".safetensors") for n in names):
             return LocatedModel(name, str(folder), "safetensors")
@@ -152,7 +154,9 @@ def _from_folder(name: str, path: Path) -> LocatedModel:
     if len(gguf) == 1:
         return LocatedModel(name, str(folder / gguf[0]), "gguf")
     if gguf:
-        raise ModelNotFoundError(f"{path} holds {len(gguf)} GGUF files; name one: {', '.join(gguf[:8])}", param="model")
+        raise ModelNotFoundError(
+            f"{path} holds {len(gguf)} GGUF models; name one: {', '.join(gguf[:8])}", param="model"
+        )
     raise ModelNotFoundError(
         f"{path} is no model folder: it has neither config.json with .safetensors files nor a .gguf file", param="model"
     )
@@ -226,11 +230,11 @@ def _from_snapshot(name: str, repo: str, choice: str, folder: Path) -> LocatedMo
                 param="model",
             )
         return _from_disk(name, folder)
-    files = sorted(p for p in folder.rglob("*.gguf") if choice.lower() in p.name.lower())
+    files = one_each(p for p in folder.rglob("*.gguf") if choice.lower() in p.name.lower())
     if len(files) != 1:
         found = ", ".join(p.name for p in files[:8]) or "none"
         raise ModelNotFoundError(
-            f"{choice!r} must fit exactly one GGUF file of {repo}, but fits {len(files)}: {found}", param="model"
+            f"{choice!r} must fit exactly one GGUF model of {repo}, but fits {len(files)}: {found}", param="model"
         )
     return LocatedModel(name, str(files[0]), "gguf")
 

@@ -21,6 +21,7 @@ from octavo.checkpoint.chat_templates import DEFAULT_TEMPLATE, folder_templates,
 from octavo.checkpoint.code import TOKENIZER, read_tokenizer_code
 from octavo.checkpoint.files import MAX_TOKENIZER_BYTES, read_json_object, read_text
 from octavo.checkpoint.gguf_file import GGUFFile
+from octavo.checkpoint.gguf_parts import one_each
 from octavo.checkpoint.gguf_tokenizer import build_gguf_tokenizer
 from octavo.checkpoint.unconverted import find_unconverted, is_unconverted, read_unconverted
 from octavo.errors import CheckpointError
@@ -68,7 +69,7 @@ def load_tokenizer_data(path: str | os.PathLike[str]) -> TokenizerData:
         own = find_unconverted(where)
         if own is not None:
             return _from_unconverted(own)
-        files = sorted(where.glob("*.gguf"))
+        files = one_each(where.glob("*.gguf"))
         if len(files) != 1:
             raise CheckpointError(str(where), _no_tokenizer(where))
         where = files[0]

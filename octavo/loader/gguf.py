@@ -6,6 +6,7 @@ called and how its rows lie in each architecture is in ``gguf_names.py``.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections import deque
@@ -20,7 +21,6 @@ from octavo.checkpoint.gguf_file import GGUFFile, GGUFTensor
 from octavo.config.model import ModelConfig
 from octavo.loader.gguf_blocks import dequantize
 from octavo.loader.gguf_names import NOT_WEIGHTS, Part, layout_of, parts
-from octavo.loader.safetensors import drop_pages
 from octavo.loader.source import LoadRequest, RowSlice
 
 _SLICE_VALUES = 1 << 18
@@ -36,7 +36,7 @@ def gguf_parts(gguf: GGUFFile, config: ModelConfig) -> list[tuple[GGUFTensor, Pa
         CheckpointError: A tensor's shape does not fit what it should hold.
     """
     layout = layout_of(gguf.metadata)
-    ordered = sorted((t for t in gguf.tensors.values() if t.name not in NOT_WEIGHTS), key=lambda t: t.offset)
+    ordered = sorted((t for t in gguf.tensors.values() if t.name not in NOT_WEIGHTS), key=lambda t: (t.part, t.offset))
     return [(tensor, part) for tensor in ordered for part in parts(tensor, layout, config, str(gguf.path))]
 
 
@@ -48,19 +48,25 @@ class GGUFSource:
         self._config = request.model_config
 
     def tensors(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | RowSlice]]:
-        """See WeightSource."""
+        """See WeightSource. What is yielded lies in the file or in memory that is used again."""
         num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
-        with GGUFFile(self._path) as gguf, ThreadPoolExecutor(num_threads, "gguf-decode") as pool:
+        with (
+            GGUFFile(self._path, with_strings=False) as gguf,
+            ThreadPoolExecutor(num_threads, "gguf-decode") as pool,
+        ):
             chosen = [(tensor, part) for tensor, part in gguf_parts(gguf, self._config) if wanted(part.name)]
             jobs = [job for tensor, part in chosen for job in _jobs(tensor, part)]
+            largest = max((job.num_values for job in jobs if job.tensor.quant_type not in _TORCH_TYPES), default=0)
+            # One buffer more than slices are ahead: the consumer's own.
+            buffers = itertools.cycle([torch.empty(largest) for _ in range(2 * num_threads + 1)])
             ahead: deque[tuple[_Job, Future[Tensor]]] = deque()
             try:
                 for job in jobs:
-                    ahead.append((job, pool.submit(_decode, gguf, job)))
-                    if len(ahead) > 2 * num_threads:
-                        yield _result(*ahead.popleft())
+                    ahead.append((job, pool.submit(_decode, gguf, job, next(buffers))))
+                    if len(ahead) == 2 * num_threads:
+                        yield from _finish(gguf, *ahead.popleft())
                 while ahead:
-                    yield _result(*ahead.popleft())
+                    yield from _finish(gguf, *ahead.popleft())
             finally:
                 for _, future in ahead:
                     future.cancel()
@@ -75,6 +81,20 @@ class _Job:
     start: int
     end: int
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First row in the tensor, seen as ``[rows, shape[-1]]``, and the one behind the last."""
+        if len(self.tensor.shape) == 1:
+            return 0, 1
+        rows_per_index = math.prod(self.part.shape[1:-1])
+        return self.part.start + rows_per_index * self.start, self.part.start + rows_per_index * self.end
+
+    @property
+    def num_values(self) -> int:
+        """Of these rows."""
+        first, last = self.rows
+        return (last - first) * self.tensor.shape[-1]
+
 
 def _jobs(tensor: GGUFTensor, part: Part) -> Iterator[_Job]:
     """Cut a part into slices; those of permuted queries and keys hold whole heads."""
@@ -88,22 +108,16 @@ def _jobs(tensor: GGUFTensor, part: Part) -> Iterator[_Job]:
         yield _Job(tensor, part, start, min(start + step, rows))
 
 
-def _decode(gguf: GGUFFile, job: _Job) -> Tensor:
+def _decode(gguf: GGUFFile, job: _Job, buffer: Tensor) -> Tensor:
+    """The values of a slice: in the file, where they lie there as they are, else in ``buffer`` or memory of its own."""
     tensor, part = job.tensor, job.part
-    is_vector = len(tensor.shape) == 1
-    if is_vector:
-        first, last = 0, 1
-    else:
-        rows_per_index = math.prod(part.shape[1:-1])
-        first, last = (part.start + rows_per_index * index for index in (job.start, job.end))
-    raw = gguf.read(tensor, first, last)
-    drop_pages(gguf.map, tensor.offset + first * tensor.row_bytes, len(raw))
+    raw = gguf.view(tensor, *job.rows)
     if tensor.quant_type in _TORCH_TYPES:
-        values = torch.frombuffer(bytearray(raw), dtype=_TORCH_TYPES[tensor.quant_type])
+        values = torch.frombuffer(raw, dtype=_TORCH_TYPES[tensor.quant_type])
     else:
-        values = dequantize(raw, tensor)
-    if is_vector:
-        values = values.view(-1)[part.start : part.start + math.prod(part.shape)]
+        values = dequantize(raw, tensor, lambda size: buffer[:size])
+    if len(tensor.shape) == 1:
+        values = values[part.start : part.start + math.prod(part.shape)]
     values = values.view(job.end - job.start, *part.shape[1:])
     if part.added:
         values = values - part.added
@@ -120,9 +134,9 @@ def _unpermute(values: Tensor, num_heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(values.shape)
 
 
-def _result(job: _Job, future: Future[Tensor]) -> tuple[str, Tensor | RowSlice]:
-    values = future.result()
+def _finish(gguf: GGUFFile, job: _Job, future: Future[Tensor]) -> Iterator[tuple[str, Tensor | RowSlice]]:
+    """Yield the slice, and give its pages of the file back once it has been taken."""
     part = job.part
-    if len(part.shape) == 1:
-        return part.name, values
-    return part.name, RowSlice(values, job.start, part.shape[0])
+    values = future.result()
+    yield part.name, values if len(part.shape) == 1 else RowSlice(values, job.start, part.shape[0])
+    gguf.drop(job.tensor, *job.rows)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.checkpoint.files import parse_json_object, read_json_object, resolve_in_folder
+from octavo.checkpoint.files import drop_pages, parse_json_object, read_json_object, resolve_in_folder
 from octavo.errors import CheckpointError
 from octavo.loader.source import SLICE_BYTES, LoadRequest, RowSlice
 
@@ -119,16 +119,6 @@ class MappedFile:
             self._map.close()
         except BufferError:
             return
-
-
-def drop_pages(mapped: mmap.mmap, start: int, num_bytes: int) -> None:
-    """Take the pages of a byte range out of the resident set, where the system can."""
-    if not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    first = start // mmap.PAGESIZE * mmap.PAGESIZE
-    length = min(start + num_bytes, len(mapped)) - first
-    if length > 0:
-        mapped.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def find_files(path: Path) -> list[Path]:

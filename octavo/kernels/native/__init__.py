@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.native.build import load_library
-from octavo.kernels.transient import transient
 
 SPAN_KEYS = 64
 """Keys of one task of single queries: ``SPAN`` in decode_attention.c."""
@@ -120,14 +119,12 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
-    def dequantize(self, blocks: Tensor, type_id: int, num_values: int, num_blocks: int) -> Tensor:
-        """Blocks of a GGUF file, ``[bytes]`` uint8, to ``[num_values]`` float32, as ``gguf.quants.dequantize`` does.
+    def dequantize(self, blocks: Tensor, type_id: int, num_blocks: int, out: Tensor) -> None:
+        """Blocks of a GGUF file, ``[bytes]`` uint8, to ``out``, ``[values]`` float32; see ``gguf.quants.dequantize``.
 
         Any number of threads may call it at once.
         """
-        out = transient(num_values)
         self._dequantize(type_id, blocks.data_ptr(), out.data_ptr(), num_blocks)
-        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As ``kernels.norm.rms_norm_ref`` for contiguous ``[T, K]``."""

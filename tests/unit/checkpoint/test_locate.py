@@ -59,7 +59,7 @@ def test_folders_and_files(tmp_path: Path) -> None:
         ((), "neither config.json with .safetensors files nor a .gguf file"),
         (("config.json", "model.bin"), "model.bin is a pickle"),
         (("config.json", "consolidated.00.pth"), "is a pickle"),
-        (("a.gguf", "b.gguf"), "holds 2 GGUF files; name one: a.gguf, b.gguf"),
+        (("a.gguf", "b.gguf"), "holds 2 GGUF models; name one: a.gguf, b.gguf"),
     ],
 )
 def test_unusable_folders(names: tuple[str, ...], reason: str, tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ def tensor_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def write_gguf(path: Path, *, quant: str = "F32", arch: str = "llama", metadata: dict[str, Any] | None = None,
-               extra: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:  # fmt: skip
+               extra: dict[str, np.ndarray] | None = None,
+               tensors_per_part: int = 0) -> dict[str, np.ndarray]:  # fmt: skip
     """Write the tiny model; ``metadata`` replaces keys (None leaves one out). Returns raw tensors by GGUF name."""
     keys: dict[str, Any] = {
         f"{arch}.block_count": LAYERS,
@@ -100,7 +101,7 @@ def write_gguf(path: Path, *, quant: str = "F32", arch: str = "llama", metadata:
         "tokenizer.ggml.eos_token_id": TOKENS.index("<|end|>"),
         "tokenizer.chat_template": "{{ messages }}",
     } | (metadata or {})
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_part)
     for key, value in keys.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

@@ -15,7 +15,7 @@ HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1"
 """Where a block has 16-bit floats; at its beginning in the others."""
 
 
-def make_blocks(name: str) -> tuple[bytes, GGUFTensor]:
+def make_blocks(name: str) -> tuple[memoryview, GGUFTensor]:
     """Random blocks, their scales large, tiny (subnormal), zero and negative, but finite."""
     values, size = QUANTISED[name]
     generator = np.random.default_rng(0)
@@ -25,7 +25,7 @@ def make_blocks(name: str) -> tuple[bytes, GGUFTensor]:
         generator.shuffle(scales)
         blocks[:, place : place + 2] = scales.astype("<f2")[:, None].view(np.uint8)
     tensor = GGUFTensor("t", (12, 8 * values), name, values, size, 0, blocks.size)
-    return blocks.tobytes(), tensor
+    return memoryview(blocks).cast("B"), tensor
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -34,12 +34,12 @@ def test_blocks_are_decoded_as_the_gguf_package_does(name: str) -> None:
     raw, tensor = make_blocks(name)
     expected = dequantize_ref(raw, tensor)
     assert expected.isfinite().all()
-    assert torch.equal(dequantize(raw, tensor), expected)
+    assert torch.equal(dequantize(raw, tensor, torch.empty), expected)
 
 
 def test_without_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     raw, tensor = make_blocks("Q4_1")
     expected = dequantize_ref(raw, tensor)
     monkeypatch.setattr("octavo.loader.gguf_blocks.native_kernels", lambda: None)
-    assert torch.equal(dequantize(raw, tensor), expected)
+    assert torch.equal(dequantize(raw, tensor, torch.empty), expected)
     assert expected.shape == (12 * 8 * 32,)
