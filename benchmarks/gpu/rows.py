@@ -1,6 +1,6 @@
 """Products of 9 to 256 rows: cuBLAS beside the plans of ``octavo/kernels/skinny.py``, each behind its real neighbour.
 
-    python benchmarks/gpu/rows.py [--models m1,m2] [--rows 16,24,...] [--best 4] [--write]
+    python benchmarks/gpu/rows.py [--models m1,m2] [--rows 16,24,...] [--best 3] [--write [PATH]]
 
 A chain of copies of one weight, larger than the L2 cache together, is recorded as a graph: the kernel that comes before
 the product in a layer, the product, and so on. Printed are microseconds of a pair, and of the product as what is left
@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from triton.runtime.errors import TritonError
 
 import octavo.kernels.skinny
 from octavo.kernels.activation import silu_and_mul
@@ -110,7 +111,7 @@ class Chain:
         for _ in self.weights:
             self.neighbour()
 
-    def check(self, plan: SkinnyPlan) -> None:
+    def check(self, plan: SkinnyPlan | None) -> None:
         """The plan's result is torch's, twice."""
         x = self.neighbour()
         expected = multiply(x, self.weights[0], None, self.product.is_gated).float()
@@ -154,27 +155,41 @@ def label(plan: SkinnyPlan | None) -> str:
 
 
 def plans_of(product: Product, rows: int, best: int) -> list[SkinnyPlan]:
-    """The most promising ones, what is chosen now, and the best without its prefetch and with more stages."""
-    plans = candidates(rows, product.outputs, product.columns, is_gated=product.is_gated)[:best]
+    """The most promising ones of each kind, what is chosen now, and variants of the best."""
+    plans = candidates(rows, product.outputs, product.columns, is_gated=product.is_gated)
+    at_once = [plan for plan in plans if plan.stages == 1][:2]
+    staged = [plan for plan in plans if plan.stages > 1][:best]
     chosen = choose_plan(rows, product.outputs, product.columns, is_gated=product.is_gated)
     extra = [chosen] if chosen is not None else []
-    for plan in plans[:1]:
+    for plan in staged[:1]:
         wide = plan.block_outputs * (2 if product.is_gated else 1)
-        deep = min(8, 200 * 1024 // (2 * plan.block_columns * (plan.block_rows + wide)))
-        extra += [plan._replace(prefetches=False), plan._replace(stages=deep)]
-    return list(dict.fromkeys(plans + extra))
+        if rows <= 128 and plan.block_columns == 128 and plan.block_rows * wide >= 64 * 64:
+            extra.append(plan._replace(num_warps=8))
+    if rows <= 32 and staged and staged[0].is_swapped and product.outputs % staged[0].block_outputs == 0:
+        extra.append(staged[0]._replace(uses_tma=False))
+    return list(dict.fromkeys(at_once + staged + extra))
 
 
-def compile_plan(job: tuple[SkinnyPlan, bool, str]) -> None:
-    """Fill the kernel cache; in a process of its own."""
-    plan, is_gated, dtype = job
-    outputs, columns = plan.block_outputs, plan.split * plan.block_columns
+def steps_of(plan: SkinnyPlan, columns: int) -> int:
+    """Of a program that has all its weights at once; the compiled kernel depends on it."""
+    return -(-columns // (plan.split * plan.block_columns)) if plan.stages == 1 else 1
+
+
+Job = tuple[SkinnyPlan, bool, str, int]
+"""Plan, whether gated, dtype, steps."""
+
+
+def compile_plan(job: Job) -> None:
+    """Fill the kernel cache; in a process of its own. What fails is told where it is measured."""
+    plan, is_gated, dtype, steps = job
+    outputs, columns = plan.block_outputs, plan.split * plan.block_columns * steps
     x = torch.zeros(plan.block_rows, columns, device="cuda", dtype=getattr(torch, dtype))
     weight = torch.zeros(outputs * (2 if is_gated else 1), columns, device="cuda", dtype=x.dtype)
-    multiply(x, weight, plan, is_gated)
+    with contextlib.suppress(RuntimeError, TritonError):
+        multiply(x, weight, plan, is_gated)
 
 
-def compile_all(jobs: list[tuple[SkinnyPlan, bool, str]]) -> None:
+def compile_all(jobs: list[Job]) -> None:
     began = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(12, max(1, multiprocessing.cpu_count() - 2)), mp_context=context) as pool:
@@ -220,10 +235,15 @@ def measure(product: Product, rows: int, options: argparse.Namespace) -> Times:
     alone = time_us(chain.run_neighbours, options.device) / count
     took: Times = {}
     for plan in (None, *plans_of(product, rows, options.best)):
-        if plan is not None:
+        try:
             chain.check(plan)
-        else:
-            multiply(chain.neighbour(), chain.weights[0], None, product.is_gated)
+        except (
+            AssertionError,
+            RuntimeError,
+            TritonError,
+        ) as error:  # one plan's trouble must not cost the other figures
+            print(f"{product.model} {product.name:>7} {rows:4} rows: FAILED {label(plan)}: {error}", flush=True)
+            continue
         took[plan] = time_us(lambda plan=plan: chain.run(plan), options.device) / count
     flops = 2 * rows * product.weight_rows * product.columns
     size = 2 * product.weight_rows * product.columns
@@ -289,13 +309,14 @@ def write(winners: Winners, path: Path) -> None:
     keys = {(product.outputs, product.columns, product.is_gated) for product in winners}
     kept = [e for e in table["products"] if (e["outputs"], e["columns"], e["is_gated"]) not in keys]
     made = [format_plans(p.outputs, p.columns, p.is_gated, plans) for p, plans in winners.items()]
-    path.parent.mkdir(exist_ok=True)
     lines = ",\n".join(json.dumps(entry) for entry in kept + made)
     note = json.dumps(
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, torch {torch.__version__}"
     )
-    path.write_text(f'{{"measured": {note},\n"products": [\n{lines}\n]}}\n', encoding="utf-8")
-    print(f"wrote {path}", flush=True)
+    text = f'{{"measured": {note},\n"products": [\n{lines}\n]}}\n'
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"{text}wrote {path}", flush=True)
 
 
 def main() -> None:
@@ -303,9 +324,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", default="m1,m2")
     parser.add_argument("--rows", type=lambda text: [int(x) for x in text.split(",")], default=ROWS)
-    parser.add_argument("--best", type=int, default=4, help="candidates by estimate")
+    parser.add_argument("--best", type=int, default=3, help="candidates by estimate")
     parser.add_argument("--time-limit", type=float, default=95, help="seconds; what does not fit is skipped")
-    parser.add_argument("--write", action="store_true")
+    table = Path(octavo.kernels.skinny.__file__).parent / TABLE
+    parser.add_argument(
+        "--write", type=Path, nargs="?", const=table, metavar="PATH", help=f"the table; {TABLE} if alone"
+    )
     options = parser.parse_args()
     began = time.monotonic()
     options.dtype = torch.float16 if options.device == "cpu" else torch.bfloat16
@@ -314,7 +338,7 @@ def main() -> None:
     if options.device == "cuda":
         dtype = str(options.dtype).removeprefix("torch.")
         jobs = [
-            (plan, product.is_gated, dtype)
+            (plan, product.is_gated, dtype, steps_of(plan, product.columns))
             for model in models
             for product in model
             for rows in options.rows
@@ -325,11 +349,7 @@ def main() -> None:
     with torch.cuda.stream(torch.cuda.Stream()) if options.device == "cuda" else contextlib.nullcontext():
         measured = measure_all(models, options, began + options.time_limit)
     if options.write:
-        write(fewest({product: times for product, times in measured.items() if times}), _table_path())
-
-
-def _table_path() -> Path:
-    return Path(octavo.kernels.skinny.__file__).parent / TABLE
+        write(fewest({product: times for product, times in measured.items() if times}), options.write)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class SkinnyPlan(NamedTuple):
     """Programs that share the columns of a tile."""
     num_warps: int
     stages: int
+    """1: all columns in one or two steps, and the weights are in shared memory before x is there."""
     is_swapped: bool = True
     """The weight's rows are the tall side of the tensor core's tile, for 16 or 32 rows of x."""
     uses_tma: bool = False
@@ -43,27 +44,38 @@ _PROCESSORS = 132
 _MAX_TILES = 4096
 """Counters that split products have."""
 
-# Rates of an H200 in bytes or operations a microsecond. What one processor draws from the L2 cache is the scarce one.
+# Of an H200, in bytes or operations a microsecond; a program's time beside what it moves, in microseconds. What all
+# processors together draw from the L2 cache is the scarce one: x is fetched again for every tile of outputs.
 _DRAM = 4.0e6
-_L2_OF_PROCESSOR = 70e3
+_L2 = 6.5e6
+_L2_OF_PROCESSOR = 80e3
 _FLOPS_OF_PROCESSOR = 5.2e6
-_SPLIT_US = 1.5
+_FETCH_US = 0.8
+_SPLIT_US = 1.3
 """A round trip through the counter and the first bytes of the other parts."""
+_SHARED_MEMORY = 224 * 1024
 
 
 def estimate(plan: SkinnyPlan, rows: int, outputs: int, columns: int, *, is_gated: bool = False) -> float:
-    """Microseconds that a product should take beside what every launch costs: the slowest of its three resources."""
-    halves = 2 if is_gated else 1
+    """Microseconds from the moment when x is there, beside what every launch costs."""
     tiles = -(-rows // plan.block_rows) * -(-outputs // plan.block_outputs)
-    rounds = -(-tiles * plan.split // _PROCESSORS)
+    wide = plan.block_outputs * (2 if is_gated else 1)
     span = -(-columns // plan.split)
-    wide = plan.block_outputs * halves
-    fetched = rounds * 2 * span * (min(plan.block_rows, rows) + wide)  # rows that are not there are not fetched
-    # The tensor core's tile has 64 of the tall side.
-    multiplied = rounds * 2 * span * (max(wide, 64) * plan.block_rows if plan.is_swapped else plan.block_rows * wide)
-    took = max(
-        2 * halves * outputs * columns / _DRAM, fetched / _L2_OF_PROCESSOR, multiplied / _FLOPS_OF_PROCESSOR
-    )  # fmt: skip
+    programs = tiles * plan.split
+    rounds = -(-programs // _PROCESSORS)
+    own = 2 * span * min(plan.block_rows, rows)  # rows that are not there are not fetched
+    weights = 2 * span * wide
+    # The tall side of the tensor core's tile has at least 64.
+    multiplied = 2 * span * (max(wide, 64) * plan.block_rows if plan.is_swapped else plan.block_rows * wide)
+    from_memory = 2 * outputs * (2 if is_gated else 1) * columns / _DRAM
+    if plan.stages == 1:
+        # Weights are ahead by about the time of the kernel before; x is fetched, then multiplied.
+        steps = -(-span // plan.block_columns)
+        fetched = max(programs * own / _L2, rounds * own / _L2_OF_PROCESSOR)
+        took = max(from_memory - 1.5, steps * _FETCH_US + fetched + rounds * 2 * multiplied / _FLOPS_OF_PROCESSOR)
+    else:
+        fetched = max(programs * (own + weights) / _L2, rounds * (own + weights) / _L2_OF_PROCESSOR)
+        took = _FETCH_US + max(from_memory, fetched, rounds * multiplied / _FLOPS_OF_PROCESSOR)
     if plan.split > 1:
         took += _SPLIT_US + 4 * plan.block_rows * wide * (plan.split + 1) / _L2_OF_PROCESSOR
     return took
@@ -76,11 +88,14 @@ def candidates(rows: int, outputs: int, columns: int, *, is_gated: bool = False)
         block_outputs = wide // 2 if is_gated else wide
         if block_outputs < (64 if is_swapped else 16):
             continue
-        plans += [
-            _sized(block_rows, wide, block_outputs, split, is_swapped=is_swapped)
-            for split in (1, 2, 4, 8)
-            if columns >= 256 * split and _is_counted(rows, outputs, block_rows, block_outputs, split)
-        ]
+        tiles = -(-rows // block_rows) * -(-outputs // block_outputs)
+        for split in (1, 2, 3, 4, 6, 8):
+            if split > 1 and (tiles > _MAX_TILES or tiles * split > 2 * _PROCESSORS) or columns < 256 * split:
+                continue
+            if columns % split == 0:
+                plans += _at_once(block_rows, wide, block_outputs, split, columns // split, tiles, is_swapped)
+            if split not in (3, 6):
+                plans.append(_in_stages(block_rows, wide, block_outputs, split, tiles, is_swapped))
     plans.sort(key=lambda plan: estimate(plan, rows, outputs, columns, is_gated=is_gated))
     return plans
 
@@ -96,18 +111,27 @@ def _tiles(rows: int) -> list[tuple[int, int, bool]]:
     return many if rows <= 128 else [*many, (128, 256, False)]
 
 
-def _is_counted(rows: int, outputs: int, block_rows: int, block_outputs: int, split: int) -> bool:
-    """Whether parts of a product that fills the machine by itself stay whole, and all tiles have a counter."""
-    tiles = -(-rows // block_rows) * -(-outputs // block_outputs)
-    return split == 1 or tiles <= _MAX_TILES and tiles * split <= 2 * _PROCESSORS
+def _at_once(
+    block_rows: int, wide: int, block_outputs: int, split: int, span: int, tiles: int, is_swapped: bool
+) -> list[SkinnyPlan]:  # fmt: skip
+    """All weights of a program in shared memory before x is there, where that fits and all programs run at once."""
+    plans: list[SkinnyPlan] = []
+    for steps in (1, 2):
+        columns = span // steps
+        size = 2 * columns * (block_rows + steps * wide)
+        is_possible = columns * steps == span and columns & (columns - 1) == 0 and size <= _SHARED_MEMORY
+        if is_possible and tiles * split <= _PROCESSORS * (_SHARED_MEMORY // size):
+            warps = 8 if block_rows * wide >= 128 * 128 else 4
+            plans.append(SkinnyPlan(block_rows, block_outputs, columns, split, warps, 1, is_swapped, True, True))
+    return plans
 
 
-def _sized(block_rows: int, wide: int, block_outputs: int, split: int, *, is_swapped: bool) -> SkinnyPlan:
-    """Columns and stages so that about 100 KB are under way, half a processor's shared memory: the next kernel's
-    programs then find room beside. The largest tile takes the whole."""
+def _in_stages(block_rows: int, wide: int, block_outputs: int, split: int, tiles: int, is_swapped: bool) -> SkinnyPlan:
+    """As many stages as shared memory has room for, or half of it where a processor can have two programs."""
     block_columns = 128 if block_rows + wide <= 128 else 64
-    room = 192 if block_rows * wide > 128 * 128 else 104
-    stages = max(3, min(6, room * 1024 // (2 * block_columns * (block_rows + wide))))
+    is_alone = tiles * split <= _PROCESSORS or block_rows * wide > 128 * 128
+    room = _SHARED_MEMORY if is_alone else 104 * 1024
+    stages = max(3, min(8, room // (2 * block_columns * (block_rows + wide))))
     warps = 8 if block_rows * wide >= 128 * 128 else 4
     return SkinnyPlan(block_rows, block_outputs, block_columns, split, warps, stages, is_swapped, True, True)
 

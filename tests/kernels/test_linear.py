@@ -107,6 +107,28 @@ def test_tiles(plan: str, rows: int, outputs: int, columns: int, has_bias: bool,
     check_gated(rows, outputs, columns, TILED[plan], dtype, has_bias)
 
 
+AT_ONCE = [
+    (SkinnyPlan(64, 32, 128, 1, 4, 1, False, True, True), 72, 200),
+    (SkinnyPlan(32, 64, 128, 2, 4, 1, True, True, True), 72, 200),
+]
+if not IS_INTERPRETED:
+    AT_ONCE += [
+        (SkinnyPlan(64, 32, 1024, 1, 4, 1, False, True, True), 4096, 1024),
+        (SkinnyPlan(64, 32, 512, 1, 4, 1, False, True, True), 1000, 1032 - 8),
+        (SkinnyPlan(64, 32, 512, 6, 4, 1, False, True, True), 1024, 3072),
+        (SkinnyPlan(32, 64, 512, 4, 4, 1, True, True, True), 1024, 2048),
+    ]
+
+
+@pytest.mark.parametrize("rows", [60] if IS_INTERPRETED else [17, 64, 100])
+@pytest.mark.parametrize(("plan", "outputs", "columns"), AT_ONCE)
+def test_all_columns_at_once(plan: SkinnyPlan, outputs: int, columns: int, rows: int) -> None:
+    """In one step, in two of which the second is shorter, and with parts of which the last is."""
+    check(rows, outputs, columns, plan, DTYPES[-1], True)
+    if plan.block_columns <= 512:
+        check_gated(rows, outputs, columns, plan, DTYPES[-1], True)
+
+
 def test_the_gated_product_without_bulk_copies() -> None:
     for split in (1, 2):
         check_gated(20, 128, 256, SkinnyPlan(32, 64, 64, split, 4, 4), torch.float16, True)

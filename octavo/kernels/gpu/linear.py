@@ -127,8 +127,8 @@ def _finish(
 def _gemm(
     x, weight, raw_weight, bias, out, partial, counts, M, N, K, x_stride, tiles_m, chunk,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    SWAP: tl.constexpr, TMA: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    THREADS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    STEPS: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of the ``[M, N]`` result. K is cut into SPLIT parts; whichever program of a tile comes last adds them, in
     order. With ACT the weight has 2N rows, gates first. Neighbouring programs share weights."""
@@ -136,7 +136,7 @@ def _gemm(
     split = tl.program_id(1)
     first_row = tile % tiles_m * BM
     first_output = tile // tiles_m * BN
-    span = tl.cdiv(K, BK * SPLIT) * BK
+    span = STEPS * BK if STAGES == 1 else tl.cdiv(K, BK * SPLIT) * BK
     low = split * span
     if PREFETCH:
         _prefetch(raw_weight, first_output, N - 1, low, K, tile % tiles_m, tiles_m, chunk, BN, THREADS)
@@ -144,18 +144,41 @@ def _gemm(
             _prefetch(raw_weight, N + first_output, 2 * N - 1, low, K, tile % tiles_m, tiles_m, chunk, BN, THREADS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     if SWAP:
         acc = tl.zeros([BN, BM], tl.float32)
         up = tl.zeros([BN, BM], tl.float32)
     else:
         acc = tl.zeros([BM, BN], tl.float32)
         up = tl.zeros([BM, BN], tl.float32)
-    for k in tl.range(low, tl.minimum(low + span, K), BK, num_stages=STAGES):
-        xs = _tile(x, first_row, k, M, x_stride, BM, BK, TMA, True)
-        acc = _multiply(acc, xs, _tile(weight, first_output, k, N, K, BN, BK, TMA, False), SWAP, PRECISION)
+    if STAGES == 1:
+        # All columns in one or two steps: the weights are here before x is.
+        w = _tile(weight, first_output, low, N, K, BN, BK, TMA, False)
         if ACT != PLAIN:
-            up = _multiply(up, xs, _tile(weight, N + first_output, k, N, K, BN, BK, TMA, False), SWAP, PRECISION)
+            w_up = _tile(weight, N + first_output, low, N, K, BN, BK, TMA, False)
+        if STEPS == 2:
+            w_2 = _tile(weight, first_output, low + BK, N, K, BN, BK, TMA, False)
+            if ACT != PLAIN:
+                w_up_2 = _tile(weight, N + first_output, low + BK, N, K, BN, BK, TMA, False)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        xs = _tile(x, first_row, low, M, x_stride, BM, BK, TMA, True)
+        acc = _multiply(acc, xs, w, SWAP, PRECISION)
+        if ACT != PLAIN:
+            up = _multiply(up, xs, w_up, SWAP, PRECISION)
+        if STEPS == 2:
+            xs_2 = _tile(x, first_row, low + BK, M, x_stride, BM, BK, TMA, True)
+            acc = _multiply(acc, xs_2, w_2, SWAP, PRECISION)
+            if ACT != PLAIN:
+                up = _multiply(up, xs_2, w_up_2, SWAP, PRECISION)
+    else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        for k in tl.range(low, tl.minimum(low + span, K), BK, num_stages=STAGES):
+            xs = _tile(x, first_row, k, M, x_stride, BM, BK, TMA, True)
+            acc = _multiply(acc, xs, _tile(weight, first_output, k, N, K, BN, BK, TMA, False), SWAP, PRECISION)
+            if ACT != PLAIN:
+                w_up = _tile(weight, N + first_output, k, N, K, BN, BK, TMA, False)
+                up = _multiply(up, xs, w_up, SWAP, PRECISION)
     if SWAP:
         acc = tl.trans(acc)
         up = tl.trans(up)
@@ -235,11 +258,13 @@ def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan, out
     else:
         assert outputs % plan.block_outputs == 0 and columns % plan.block_columns == 0
         source, held = x, weight
+    steps = triton.cdiv(columns, plan.block_columns * plan.split) if plan.stages == 1 else 0
+    assert steps <= 2
     threads = 32 * plan.num_warps
     chunk = _chunk(plan, tiles_m, halves * outputs, columns, threads)
     _gemm[(tiles_m * tiles_n, plan.split)](
         source, held, weight, out if bias is None else bias, out, partial, counts, rows, outputs, columns, x.stride(0),
-        tiles_m, chunk, plan.block_rows, plan.block_outputs, plan.block_columns, plan.split, plan.stages,
+        tiles_m, chunk, plan.block_rows, plan.block_outputs, plan.block_columns, plan.split, plan.stages, steps,
         plan.is_swapped, plan.uses_tma, act, bias is not None, "tf32" if x.element_size() == 2 else "ieee",
         threads, plan.prefetches and has_pdl(), has_pdl(), num_warps=plan.num_warps, **launch_options(),
     )  # fmt: skip

@@ -33,6 +33,13 @@ def test_sizes_fit(outputs: int, columns: int, is_gated: bool) -> None:
         assert -(-outputs // plan.block_outputs) * -(-rows // plan.block_rows) <= 4096 or plan.split == 1
 
 
+def _held(plan: SkinnyPlan, wide: int, columns: int) -> int:
+    """Bytes in shared memory: stages of x and weights, or one x and all weights of a program."""
+    if plan.stages > 1:
+        return 2 * plan.stages * plan.block_columns * (plan.block_rows + wide)
+    return 2 * (plan.block_columns * plan.block_rows + columns // plan.split * wide)
+
+
 @pytest.mark.parametrize(("outputs", "columns"), MEASURED)
 @pytest.mark.parametrize("is_gated", [False, True], ids=["plain", "gated"])
 def test_candidates_fit_the_processor(outputs: int, columns: int, is_gated: bool) -> None:
@@ -43,14 +50,14 @@ def test_candidates_fit_the_processor(outputs: int, columns: int, is_gated: bool
         assert times == sorted(times)
         for plan in plans:
             wide = plan.block_outputs * (2 if is_gated else 1)
-            assert 2 * plan.stages * plan.block_columns * (plan.block_rows + wide) <= 227 * 1024, "shared memory"
+            assert _held(plan, wide, columns) <= 224 * 1024, "shared memory"
             assert plan.block_rows * wide <= 255 * 32 * plan.num_warps, "registers"
 
 
-def test_a_product_that_has_too_few_tiles_is_split() -> None:
+def test_small_weights_get_more_tiles_than_a_library_makes() -> None:
     """[256, 2048] x [1024, 2048] is 16 tiles of 128 x 128 on 132 processors."""
     best = candidates(256, 1024, 2048)[0]
-    assert -(-256 // best.block_rows) * (1024 // best.block_outputs) * best.split >= 100
+    assert -(-256 // best.block_rows) * (1024 // best.block_outputs) * best.split >= 64
 
 
 def test_leaves_many_rows_and_huge_weights_alone() -> None:
