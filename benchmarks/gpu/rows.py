@@ -6,8 +6,8 @@ A chain of copies of one weight, larger than the L2 cache together, is recorded 
 the product in a layer, the product, and so on. Printed are microseconds of a pair, and of the product as what is left
 when the neighbour's own time is taken off; GB/s of weights and TFLOP/s belong to that. gate_up is the product and its
 activation, in one launch or in two. Every plan's result is compared with torch's. At the end of each number of
-rows stands a whole layer but for attention, by cuBLAS and by the winners. ``--write`` puts plans into the table that
-``choose_plan`` reads: the fewest different ones within 3 % of the winners, since each is compiled at a start.
+rows stands a whole layer but for attention, without plans and with the winners. ``--write`` puts plans into the table
+that ``choose_plan`` reads: the fewest different ones within 3 % of the winners, since each is compiled at a start.
 
 Plans are compiled by several processes first. ``--device cpu`` tries the script on tiny sizes, by Triton's interpreter
 (``TRITON_INTERPRET=1``).
@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import triton
 from triton.runtime.errors import TritonError
 
 import octavo.kernels.skinny
@@ -72,9 +73,11 @@ def products(model: str, shape: tuple[int, int, int, int]) -> list[Product]:
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, plan: SkinnyPlan | None, is_gated: bool) -> torch.Tensor:
+    if plan is None and is_gated:
+        apart = choose_plan(len(x), *weight.shape)
+        return silu_and_mul(F.linear(x, weight) if apart is None else linear(x, weight, None, apart))
     if plan is None:
-        y = F.linear(x, weight)
-        return silu_and_mul(y) if is_gated else y
+        return F.linear(x, weight)
     if is_gated:
         return gated_linear(x, weight, None, plan, is_gelu=False)
     return linear(x, weight, None, plan)
@@ -144,9 +147,9 @@ def time_us(run: Callable[[], None], device: str) -> float:
     return statistics.median(times)
 
 
-def label(plan: SkinnyPlan | None) -> str:
+def label(plan: SkinnyPlan | None, product: Product) -> str:
     if plan is None:
-        return "cuBLAS"
+        return "product and activation" if product.is_gated else "cuBLAS"
     marks = (" swap" if plan.is_swapped else "") + (" tma" if plan.uses_tma else "") + (
         " prefetch" if plan.prefetches else ""
     )  # fmt: skip
@@ -242,7 +245,9 @@ def measure(product: Product, rows: int, options: argparse.Namespace) -> Times:
             RuntimeError,
             TritonError,
         ) as error:  # one plan's trouble must not cost the other figures
-            print(f"{product.model} {product.name:>7} {rows:4} rows: FAILED {label(plan)}: {error}", flush=True)
+            print(
+                f"{product.model} {product.name:>7} {rows:4} rows: FAILED {label(plan, product)}: {error}", flush=True
+            )
             continue
         took[plan] = time_us(lambda plan=plan: chain.run(plan), options.device) / count
     flops = 2 * rows * product.weight_rows * product.columns
@@ -256,7 +261,7 @@ def measure(product: Product, rows: int, options: argparse.Namespace) -> Times:
             expected = f" expected {guess:6.1f}"
         print(
             f"{product.model} {product.name:>7} {rows:4} rows: {pair:8.2f} us a pair, {us:8.2f} us, "
-            f"{size / us / 1e3:5.0f} GB/s, {flops / us / 1e6:4.0f} TFLOP/s  {label(plan)}{expected}"
+            f"{size / us / 1e3:5.0f} GB/s, {flops / us / 1e6:4.0f} TFLOP/s  {label(plan, product)}{expected}"
             f"{'  <' if plan == winner else ''}",
             flush=True,
         )
@@ -298,7 +303,8 @@ def measure_all(models: list[list[Product]], options: argparse.Namespace, deadli
                 before, after = (layer_us(model, rows, which, options) for which in (None, winners))
                 name = model[0].model
                 print(
-                    f"{name}   layer {rows:4} rows: {before:8.2f} us by cuBLAS, {after:8.2f} by the winners", flush=True
+                    f"{name}   layer {rows:4} rows: {before:8.2f} us without plans, {after:8.2f} with the winners",
+                    flush=True,
                 )
     return measured
 
@@ -310,9 +316,8 @@ def write(winners: Winners, path: Path) -> None:
     kept = [e for e in table["products"] if (e["outputs"], e["columns"], e["is_gated"]) not in keys]
     made = [format_plans(p.outputs, p.columns, p.is_gated, plans) for p, plans in winners.items()]
     lines = ",\n".join(json.dumps(entry) for entry in kept + made)
-    note = json.dumps(
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, torch {torch.__version__}"
-    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    note = json.dumps(f"{device}, torch {torch.__version__}, Triton {triton.__version__}")
     text = f'{{"measured": {note},\n"products": [\n{lines}\n]}}\n'
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
