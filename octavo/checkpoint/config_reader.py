@@ -16,7 +16,7 @@ from octavo.checkpoint.code import FIELD, read_code
 from octavo.checkpoint.families import ARCHITECTURES, BOTH_WAYS, DEFAULTS, language_model
 from octavo.checkpoint.files import read_json_object
 from octavo.checkpoint.foreign import foreign_defaults, has_unknown_layers
-from octavo.checkpoint.gguf_config import gguf_to_hf_config
+from octavo.checkpoint.gguf_config import CONFIG_STRINGS, gguf_to_hf_config
 from octavo.checkpoint.gguf_file import GGUFFile
 from octavo.checkpoint.locate import LocatedModel
 from octavo.checkpoint.mla import expand_mla, read_mla
@@ -64,7 +64,7 @@ def read_model_config(
             generation = read_json_object(generation_file)
     else:
         file = generation_file = path
-        with GGUFFile(path) as gguf:
+        with GGUFFile(path, strings=CONFIG_STRINGS) as gguf:
             config, generation = gguf_to_hf_config(gguf)
     code = read_code(path, config)
     config.pop(FIELD, None)

@@ -33,6 +33,10 @@ _SAMPLING = {
 }
 
 
+CONFIG_STRINGS = ("tokenizer.ggml.tokens",)
+"""Lists of strings that are looked at here."""
+
+
 def gguf_to_hf_config(gguf: GGUFFile) -> tuple[dict[str, Any], dict[str, Any]]:
     """Translate a header.
 

@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,14 +116,14 @@ class GGUFFile:
 
     Args:
         path: The file, or any part of a model in several.
-        with_strings: False leaves lists of strings (vocabularies) out of ``metadata``: they are most of the work.
+        strings: Lists of strings (vocabularies) that ``metadata`` shall hold; None for all. They are most of the work.
 
     Raises:
         CheckpointError: A header is damaged, lies about its file, or holds a tensor type that cannot be read; a part
             is missing or belongs to another model.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, with_strings: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, strings: Container[str] | None = None) -> None:
         self.path = Path(path)
         self._maps: list[mmap.mmap] = []
         self.metadata: dict[str, Any] = {}
@@ -133,7 +133,7 @@ class GGUFFile:
             for number, part in enumerate(paths):
                 mapped = _map_file(part)
                 self._maps.append(mapped)
-                header = _Header(mapped, str(part), number, with_strings)
+                header = _Header(mapped, str(part), number, strings)
                 header.read()
                 _check_part(header, number, len(paths))
                 if number == 0:
@@ -205,11 +205,12 @@ def _check_part(header: _Header, number: int, count: int) -> None:
 class _Header:
     """One pass over the header."""
 
-    def __init__(self, data: mmap.mmap, file: str, part: int = 0, with_strings: bool = True) -> None:
+    def __init__(self, data: mmap.mmap, file: str, part: int, wanted: Container[str] | None) -> None:
         self.data = data
         self.file = file
         self.part = part
-        self.with_strings = with_strings
+        self.wanted = wanted
+        self.key = ""
         self.end = len(data)
         self.limit = min(self.end, MAX_HEADER_BYTES)
         self.position = 0
@@ -271,6 +272,7 @@ class _Header:
             key = self.string(MAX_NAME_BYTES)
             if key in self.metadata:
                 raise self.error(f"holds the metadata key {key!r} twice")
+            self.key = key
             self.what = f"metadata key {key!r}"
             value = self.value(self.u32(), 0)
             if value is not _LEFT_OUT:
@@ -308,7 +310,8 @@ class _Header:
         if self.num_elements > MAX_ELEMENTS:
             raise self.error(f"{self.what}: arrays with more than {MAX_ELEMENTS} elements together are refused")
         if kind == _STRING:
-            return self.strings(count) if self.with_strings else self.skip_strings(count)
+            is_wanted = self.wanted is None or self.key in self.wanted
+            return self.strings(count) if is_wanted else self.skip_strings(count)
         if kind == _ARRAY:
             return [self.array(depth + 1) for _ in range(count)]
         start = self.need(count * size)

@@ -21,6 +21,7 @@ from octavo.checkpoint.code import read_tokenizer_code
 from octavo.checkpoint.config_reader import read_model_config
 from octavo.checkpoint.locate import locate_model, locate_tokenizer
 from octavo.checkpoint.pooling_reader import read_pooling
+from octavo.checkpoint.read_ahead import read_ahead
 from octavo.config.args import EngineArgs
 from octavo.config.engine import Decision, EngineConfig
 from octavo.config.resolve import KVCacheSize, resolve, size_kv_cache
@@ -89,6 +90,7 @@ def build(args: EngineArgs, emit: Callable[[int, CoreOutput], None]) -> tuple[En
     for decision in decisions:
         logger.info("%s = %s (%s)", decision.field, decision.value, decision.reason)
     emit(0, EngineStarting(config, decisions))
+    read_ahead(config.load.path, config.load.load_format)
     if config.device.device_type == "cpu":
         limit_spinning(os.environ)
     with phases.phase("import"):

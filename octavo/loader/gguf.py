@@ -51,7 +51,7 @@ class GGUFSource:
         """See WeightSource. What is yielded lies in the file or in memory that is used again."""
         num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
         with (
-            GGUFFile(self._path, with_strings=False) as gguf,
+            GGUFFile(self._path, strings=()) as gguf,
             ThreadPoolExecutor(num_threads, "gguf-decode") as pool,
         ):
             chosen = [(tensor, part) for tensor, part in gguf_parts(gguf, self._config) if wanted(part.name)]

@@ -109,7 +109,7 @@ def test_models_in_a_folder_are_counted_not_files(parts: list[Path], tmp_path: P
 
 
 def test_strings_are_left_out_only_when_asked(parts: list[Path]) -> None:
-    with GGUFFile(parts[0]) as full, GGUFFile(parts[0], with_strings=False) as bare:
+    with GGUFFile(parts[0]) as full, GGUFFile(parts[0], strings=()) as bare:
         assert full.tensors == bare.tensors
         left_out = full.metadata.keys() - bare.metadata.keys()
         assert left_out == {"tokenizer.ggml.tokens", "tokenizer.ggml.merges"}
