@@ -54,6 +54,23 @@ def test_candidates_fit_the_processor(outputs: int, columns: int, is_gated: bool
             assert plan.block_rows * wide <= 255 * 32 * plan.num_warps, "registers"
 
 
+def test_the_table_names_plans_that_run() -> None:
+    assert skinny.measured(), "the table is not found"
+    for (outputs, columns, is_gated), plans in skinny.measured().items():
+        limits = [limit for limit, _ in plans]
+        assert limits == sorted(limits) and limits[-1] <= MAX_ROWS
+        for _, plan in plans:
+            if plan is None:
+                continue
+            wide = plan.block_outputs * (2 if is_gated else 1)
+            assert _held(plan, wide, columns) <= 224 * 1024
+            if plan.stages == 1:
+                assert columns <= 2 * plan.split * plan.block_columns, "in at most two steps"
+            if not plan.uses_tma:
+                assert outputs % plan.block_outputs == 0 and columns % plan.block_columns == 0
+            assert columns % 8 == 0 and plan.split * 128 <= columns
+
+
 def test_small_weights_get_more_tiles_than_a_library_makes() -> None:
     """[256, 2048] x [1024, 2048] is 16 tiles of 128 x 128 on 132 processors."""
     best = candidates(256, 1024, 2048)[0]
