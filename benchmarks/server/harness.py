@@ -149,6 +149,12 @@ class Server:
         )
         return {name: float(value) for name, _, value in samples}
 
+    def unsent_bytes(self) -> int:
+        """What the system holds for this server's clients: sent by the server and not taken by them."""
+        with open("/proc/net/tcp") as table:
+            rows = [line.split() for line in table][1:]
+        return sum(int(row[4].partition(":")[0], 16) for row in rows if int(row[1].partition(":")[2], 16) == self.port)
+
     def loop_lag(self) -> Lag:
         """Of the HTTP process that answers, from its start."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:

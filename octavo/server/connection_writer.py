@@ -42,6 +42,10 @@ class WritingProtocol(Protocol):
     cycle: RequestResponseCycle
     """uvicorn's side of the newest request."""
 
+    def bound_buffers(self) -> None:
+        """Let the connection hold little that its client has not taken."""
+        ...
+
 
 class ConnectionWriter:
     """Writes to the client of one request.
@@ -66,6 +70,7 @@ class ConnectionWriter:
         self._listener = listener
         self._protocol.writer = self
         self._cycle.flow.resume_reading()  # else the leaving would not be seen
+        self._protocol.bound_buffers()
         if self._cycle.disconnected:
             self.connection_lost()
 

@@ -35,8 +35,9 @@ HEADERS_AFTER_S = 5.0
 """A request that waits longer for its first token gets its headers, and a comment now and then, so that no proxy gives
 up on it. Until then an error has an HTTP status of its own."""
 COMMENT_INTERVAL_S = 10.0
-MAX_PENDING_BYTES = 1 << 20
-"""What may wait for a reader that takes nothing; looked at once a second, so it can be as much more as comes in one."""
+MAX_PENDING_BYTES = 1 << 19
+"""What may wait for a reader that takes nothing; looked at once a second, so it can be as much more as comes in one.
+With what the connection holds (``protocol.py``) a stream stays below 1 MiB."""
 encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 """JSON of anything plain."""
 
@@ -58,7 +59,7 @@ class ChunkTemplate:
             choices: JSON of the choices, joined by commas.
             tail: Further fields, each with a comma in front.
         """
-        return b"%b%b]%b}\n\n" % (self.open, choices, tail)
+        return b"".join((self.open, choices, b"]", tail, b"}\n\n"))
 
 
 class StallGuard:

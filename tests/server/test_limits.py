@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from octavo.config.guard import GuardConfig
+from octavo.server.connection_writer import writer_of
 from octavo.server.limits import BodyLimits
 from octavo.server.protocol import ConnectionLimits, make_protocol
 
@@ -38,14 +39,14 @@ async def echo(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def serving(max_body: int = MAX_BODY, **changes: Any) -> Iterator[int]:
+def serving(max_body: int = MAX_BODY, app: Any = echo, **changes: Any) -> Iterator[int]:
     values: dict[str, Any] = {
         "max_connections": 50, "max_header_bytes": 4096, "max_header_count": 20, "header_timeout_s": 0.6,
     }  # fmt: skip
-    app = BodyLimits(echo, GuardConfig(max_request_bytes=max_body, body_timeout=0.6))
+    limited = BodyLimits(app, GuardConfig(max_request_bytes=max_body, body_timeout=0.6))
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app,
+        limited,
         http=make_protocol(ConnectionLimits(**{**values, **changes})),
         ws="none",
         lifespan="off",
@@ -242,6 +243,51 @@ def test_more_connections_than_allowed_are_told_so() -> None:
             time.sleep(0.05)
         else:
             raise AssertionError("closed connections still count")
+
+
+async def chatter(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """Writes past ASGI until the connection takes no more, and then says how much that was."""
+    writer = writer_of(scope)
+    assert writer is not None
+
+    class Listener:
+        def pause_writing(self) -> None: ...
+        def resume_writing(self) -> None: ...
+        def client_gone(self) -> None: ...
+
+    await receive()
+    writer.listen(Listener())
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    num_bytes = 0
+    while num_bytes < 2**26:
+        for _ in range(16):
+            if not writer.is_paused:
+                writer.write(b"x" * 1024)
+                num_bytes += 1024
+        await asyncio.sleep(0.05 if writer.is_paused else 0)  # the system may still take something
+        if writer.is_paused:
+            break
+    SEEN.append(num_bytes)
+    writer.release()
+    await send({"type": "http.response.body", "body": b""})
+
+
+SEEN: list[int] = []
+
+
+def test_a_stream_whose_reader_takes_nothing_fills_little_memory() -> None:
+    """Left alone, the system gives each connection some megabytes: the reader seems to be there for minutes."""
+    SEEN.clear()
+    with serving(app=chatter) as port, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(10)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(get("/", method="POST"))
+        deadline_s = time.monotonic() + 20
+        while not SEEN:
+            assert time.monotonic() < deadline_s, "the connection takes whatever comes"
+            time.sleep(0.01)
+    assert SEEN[0] < 2**19
 
 
 def test_half_open_connections_do_not_hold_up_others() -> None:
