@@ -11,7 +11,7 @@ import asyncio
 import atexit
 import logging
 import threading
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, cast
@@ -346,25 +346,36 @@ class AsyncLLM:
                     continue
                 with self._lock:
                     outputs, refusals = self._frontend.take(received)
-                    self._deliver(
-                        [
-                            *((output.request_id, output) for output in outputs),
-                            *((refusal.request_id, refusal.cause) for refusal in refusals),
-                        ]
-                    )
+                    self._deliver(outputs)
+                    self._fail_some({refusal.request_id: refusal.cause for refusal in refusals})
         except Exception as error:  # border of the thread: every reader must hear of it
             if not isinstance(error, OctavoError):
                 logger.exception("the output thread failed")
             self._fail(error)
 
-    def _deliver(self, items: Iterable[tuple[str, AnyOutput | BaseException]]) -> None:
-        """Hand each item to its stream, with one wake-up per event loop."""
+    def _deliver(self, outputs: Sequence[AnyOutput]) -> None:
+        """Hand each output to its stream. The lock is held."""
+        streams = self._streams
         mail: dict[Mailroom, list[Mail]] = {}
-        for request_id, item in items:
-            is_last = isinstance(item, BaseException) or item.finished
-            stream = self._streams.pop(request_id, None) if is_last else self._streams.get(request_id)
+        for output in outputs:
+            stream = streams.get(output.request_id)
             if stream is not None:
-                mail.setdefault(stream.mailroom, []).append((stream, item))
+                mail.setdefault(stream.mailroom, []).append((stream, output))
+                if output.finished:
+                    del streams[output.request_id]
+        self._post(mail)
+
+    def _fail_some(self, causes: Mapping[str, BaseException]) -> None:
+        """Tell the readers of some requests why nothing more will come. The lock is held."""
+        mail: dict[Mailroom, list[Mail]] = {}
+        for request_id, cause in causes.items():
+            stream = self._streams.pop(request_id, None)
+            if stream is not None:
+                mail.setdefault(stream.mailroom, []).append((stream, cause))
+        self._post(mail)
+
+    def _post(self, mail: Mapping[Mailroom, list[Mail]]) -> None:
+        """With one wake-up per event loop."""
         for room, letters in mail.items():
             try:
                 room.post(letters)
@@ -382,7 +393,7 @@ class AsyncLLM:
             else:
                 self._death = EngineDeadError(f"the engine's output thread failed: {cause!r}")
                 self._death.__cause__ = cause
-            self._deliver([(each, EngineDeadError(self._death.message)) for each in list(self._streams)])
+            self._fail_some({each: EngineDeadError(self._death.message) for each in self._streams})
 
     # -------------------------------------------------------------------------------------------------------- end
 
@@ -393,7 +404,7 @@ class AsyncLLM:
                 return
             self._is_stopping = True
             error = EngineDeadError("the engine was shut down")
-            self._deliver([(each, error) for each in list(self._streams)])
+            self._fail_some(dict.fromkeys(self._streams, error))
         atexit.unregister(self.shutdown)
         self._frontend.client.close()
         self._pump_thread.join()

@@ -171,8 +171,8 @@ class Frontend:
             self._snapshot = received.snapshot
             self._log(None if self._meter is None else self._meter.record(received.snapshot))
         refused = {output.request_id: output for output in received.outputs if output.error_code is not None}
-        refusals = self._refusals(refused) if refused else []
-        processed = self.outputs.process([each for each in received.outputs if each.error_code is None])
+        refusals = self._refusals(refused) if refused else []  # which are forgotten, so that what else came is dropped
+        processed = self.outputs.process(received.outputs)
         self.client.abort(processed.abort_ids)
         return processed.request_outputs, refusals
 

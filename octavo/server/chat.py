@@ -320,7 +320,7 @@ class _ChatEvents:
                 b",".join([each.first() for each in choices]), _first_tail(chat, output, self._tail)
             )
         self._newest = output
-        event = b",".join([part for answer in output.outputs if (part := choices[answer.index].choice(answer))])
+        event = b",".join(filter(None, [choices[answer.index].choice(answer) for answer in output.outputs]))
         return first + self._template.chunk(event, self._tail) if event else first
 
     def ending(self) -> bytes:

@@ -347,7 +347,7 @@ class _CompletionEvents:
 
     def of(self, outputs: Sequence[RequestOutput]) -> bytes:
         """See ``sse.Events``."""
-        return b"".join([self._event(output) for output in outputs])
+        return self._event(outputs[0]) if len(outputs) == 1 else b"".join(map(self._event, outputs))
 
     def _event(self, output: RequestOutput) -> bytes:
         completion = self._completion
@@ -356,8 +356,8 @@ class _CompletionEvents:
         if self._has_usage_always:
             self._tail = b',"usage":' + encode(completion.usage(self._newest.values()))
         first = index * self._num_each
-        parts = [self._choices[first + each.index].choice(output, each) for each in output.outputs]
-        event = b",".join([part for part in parts if part])
+        choices = self._choices
+        event = b",".join(filter(None, [choices[first + each.index].choice(output, each) for each in output.outputs]))
         return self._template.chunk(event, self._tail) if event else b""
 
     def ending(self) -> bytes:
