@@ -12,13 +12,12 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, cast
 
 import msgspec
-from tqdm import tqdm
 
 from octavo.config.args import EngineArgs
 from octavo.config.env import apply_environment, read_environment
@@ -26,11 +25,11 @@ from octavo.config.flags import engine_args_from_keywords
 from octavo.config.setting import settings_of
 from octavo.engine.frontend import AnyOutput, Frontend, start_frontend
 from octavo.engine.interrupts import DeferredInterrupt
+from octavo.engine.offline import AnyProcessed, Progress, QueueRoom, UseTqdm
 from octavo.engine.pooling_calls import ScorePlan, as_texts
 from octavo.errors import EngineDeadError, InvalidRequestError
 from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import ProcessedRequest, Prompt
-from octavo.frontend.pooling_processor import ProcessedPooling
 from octavo.frontend.tokenizer import Tokenizer
 from octavo.messages import EngineReady
 from octavo.observability.metrics import Metric
@@ -47,8 +46,6 @@ from octavo.pooling_params import PoolingParams
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger(__name__)
-UseTqdm = bool | Callable[..., Any]
-AnyProcessed = ProcessedRequest | ProcessedPooling
 Message = Mapping[str, Any]
 
 
@@ -362,7 +359,7 @@ class LLM:
     def _run(self, requests: Sequence[AnyProcessed], use_tqdm: UseTqdm) -> list[Any]:
         """The last output of each request, of the kind that belongs to it, in order."""
         finished: dict[str, AnyOutput] = {}
-        with _Progress(use_tqdm, len(requests)) as progress, DeferredInterrupt() as interrupt:
+        with Progress(use_tqdm, len(requests)) as progress, DeferredInterrupt() as interrupt:
             try:
                 for output in self._work(requests, interrupt):
                     finished[output.request_id] = output
@@ -388,7 +385,7 @@ class LLM:
         frontend, limits = self._frontend, self.ready.config.scheduler
         # Lower priorities first, so that none waits here behind one that the engine would run later.
         waiting = deque(sorted(requests, key=lambda request: request.core_requests[0].priority))
-        room = _QueueRoom(limits.max_num_queued_reqs, limits.max_num_queued_tokens)
+        room = QueueRoom(limits.max_num_queued_reqs, limits.max_num_queued_tokens)
         while waiting or room.num_requests:
             while waiting and room.fits(waiting[0]):
                 request = waiting.popleft()
@@ -404,77 +401,6 @@ class LLM:
             for output in outputs:
                 room.leave(output.request_id)
                 yield output
-
-
-class _QueueRoom:
-    """How much of the engine's bounded queue this call has filled, at most: what runs already is counted too."""
-
-    def __init__(self, max_requests: int, max_tokens: int) -> None:
-        self._max_requests = max_requests
-        self._max_tokens = max_tokens
-        self._sizes: dict[str, tuple[int, int]] = {}
-        self._num_sequences = 0
-        self._num_tokens = 0
-
-    @property
-    def num_requests(self) -> int:
-        return len(self._sizes)
-
-    def fits(self, request: AnyProcessed) -> bool:
-        if not self._sizes:
-            return True
-        num_sequences, num_tokens = self._size(request)
-        return (
-            self._num_sequences + num_sequences <= self._max_requests
-            and self._num_tokens + num_tokens <= self._max_tokens
-        )
-
-    def enter(self, request: AnyProcessed) -> None:
-        size = self._sizes[request.request_id] = self._size(request)
-        self._num_sequences += size[0]
-        self._num_tokens += size[1]
-
-    def leave(self, request_id: str) -> None:
-        num_sequences, num_tokens = self._sizes.pop(request_id)
-        self._num_sequences -= num_sequences
-        self._num_tokens -= num_tokens
-
-    def _size(self, request: AnyProcessed) -> tuple[int, int]:
-        num_sequences = len(request.core_requests)
-        return num_sequences, num_sequences * len(request.prompt_token_ids)
-
-
-class _Progress:
-    """A bar of prompts with tokens per second, or nothing."""
-
-    def __init__(self, use_tqdm: UseTqdm, total: int) -> None:
-        self._bar: Any = None
-        self._num_prompt_tokens = 0
-        self._num_tokens = 0
-        if use_tqdm and total:
-            # disable=None: only on a terminal, unless the caller brings a bar of its own.
-            options: dict[str, Any] = {"total": total, "desc": "Prompts", "dynamic_ncols": True}
-            self._bar = use_tqdm(**options) if callable(use_tqdm) else tqdm(**options, disable=None)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def note(self, output: AnyOutput) -> None:
-        if self._bar is None:
-            return
-        self._num_prompt_tokens += len(output.prompt_token_ids or ())
-        if isinstance(output, RequestOutput):
-            self._num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
-        seconds = self._bar.format_dict["elapsed"] or 1e-9
-        self._bar.set_postfix_str(
-            f"in {self._num_prompt_tokens / seconds:.1f} tokens/s, out {self._num_tokens / seconds:.1f} tokens/s",
-            refresh=False,
-        )
-        self._bar.update(1)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -24,7 +24,8 @@ import torch
 from octavo.checkpoint.config_reader import read_model_config
 from octavo.checkpoint.locate import locate_model
 from octavo.config.args import EngineArgs
-from octavo.config.resolve import resolve, size_kv_cache
+from octavo.config.kv_cache_size import size_kv_cache
+from octavo.config.resolve import resolve
 from octavo.device.registry import find_device_type, probe_hardware
 from octavo.messages import NewRow, ResolvedSampling, SchedulerOutput
 from octavo.worker.worker import Worker

@@ -24,7 +24,8 @@ from octavo.checkpoint.pooling_reader import read_pooling
 from octavo.checkpoint.read_ahead import read_ahead
 from octavo.config.args import EngineArgs
 from octavo.config.engine import Decision, EngineConfig
-from octavo.config.resolve import KVCacheSize, resolve, size_kv_cache
+from octavo.config.kv_cache_size import KVCacheSize, size_kv_cache
+from octavo.config.resolve import resolve
 from octavo.device.openmp import limit_spinning
 from octavo.device.registry import find_device_type, probe_hardware
 from octavo.engine.core import EngineCore

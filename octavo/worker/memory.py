@@ -1,7 +1,7 @@
 """How the memory of a device is divided: weights, working memory of the largest step, KV cache, reserve.
 
 Working memory is computed from the model's dimensions, not measured by running a huge step: the bound is written down
-below term by term. Knows no tensor but those it counts; ``config.resolve.size_kv_cache`` turns the result into blocks.
+below term by term. Knows no tensor but those it counts; ``config.kv_cache_size`` turns the result into blocks.
 """
 
 from __future__ import annotations

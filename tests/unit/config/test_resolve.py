@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import octavo
 from octavo.config.args import EngineArgs
 from octavo.config.engine import Decision, EngineConfig
-from octavo.config.resolve import resolve, size_kv_cache
+from octavo.config.kv_cache_size import size_kv_cache
+from octavo.config.resolve import resolve
 from octavo.errors import ConfigError, OctavoError
 
 from .conftest import GIB, make_hardware, make_model, make_report
