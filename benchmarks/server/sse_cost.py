@@ -45,6 +45,7 @@ from octavo.server.app import build_app
 from octavo.server.connection_writer import extension_of
 from octavo.server.protocol import limits_of, make_protocol
 from octavo.server.service import Service
+from octavo.utils.collector import Collector
 from tests.unit.engine.fakes import READY
 
 PROMPT = "Tell me of the sea."
@@ -147,6 +148,8 @@ class Connection:
 
     def resume_reading(self) -> None: ...
 
+    def bound_buffers(self) -> None: ...
+
     def write(self, data: bytes) -> None:
         self._on_write(len(data))
 
@@ -223,7 +226,7 @@ async def run_with_uvicorn(app: Any, engine: PreparedEngine, num_streams: int, n
     begin = time.process_time()
     for _ in range(num_tokens):
         engine.released.release()
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.01)
     while readers.is_alive():
         await asyncio.sleep(0.005)
     spent = time.process_time() - begin
@@ -242,6 +245,7 @@ def main() -> None:
     service, engine = make_service(asked.streams, asked.tokens)
     run = run_with_uvicorn if asked.uvicorn else run_in_process
     profiler = cProfile.Profile()
+    Collector(lambda: asked.streams).take_over()  # as the server does
     try:
         import uvloop
 

@@ -1,61 +1,130 @@
-"""Red when what one step gives thousands of readers holds up their event loop in one piece, when a reader is not told,
-or when it is told twice of the same."""
+"""Streams between a thread that makes outputs and a reader: what is joined, who is told when, what a pause keeps."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
-from octavo.engine.output_stream import TOLD_PER_TURN, Mailroom, OutputStream
+import pytest
+
+from octavo.engine.output_stream import Mailroom, OutputStream
+from octavo.errors import EngineDeadError
 from octavo.outputs import CompletionOutput, RequestOutput
 
 
-def output(request_id: str, token_id: int, *, finished: bool = False) -> RequestOutput:
-    answer = CompletionOutput(0, "x", [token_id], None, None, "length" if finished else None)
+def output(token_id: int, request_id: str = "a", *, finished: bool = False) -> RequestOutput:
+    answer = CompletionOutput(0, f" {token_id}", [token_id], finish_reason="length" if finished else None)
     return RequestOutput(request_id, None, [1], None, [answer], finished)
 
 
-class Reader:
-    """Notes what it is told, and when."""
+def ids_of(outputs: Sequence[RequestOutput]) -> list[tuple[str, list[int]]]:
+    return [(each.request_id, each.outputs[0].token_ids) for each in outputs]
 
-    def __init__(self, told: list[str]) -> None:
-        self.token_ids: list[list[int]] = []
-        self._told = told
+
+class Reader:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[tuple[str, list[int]]]] = []
+        self.errors: list[BaseException] = []
 
     def outputs_came(self, outputs: Sequence[RequestOutput]) -> None:
-        self._told.append(outputs[0].request_id)
-        self.token_ids.append(list(outputs[0].outputs[0].token_ids))
+        self.calls.append(ids_of(outputs))
 
     def failed(self, error: BaseException) -> None:
-        raise AssertionError(error)
+        self.errors.append(error)
 
 
-def test_a_step_of_many_readers_leaves_room_for_others() -> None:
-    count = 3 * TOLD_PER_TURN + 1
-    told: list[str] = []
-    turns: list[int] = []
+class Setting:
+    """A stream of two requests and its mailroom."""
 
-    async def work() -> list[Reader]:
-        room = Mailroom(asyncio.get_running_loop())
-        streams = [
-            OutputStream[RequestOutput]([str(index)], room, lambda _: None, is_delta=True) for index in range(count)
-        ]
-        readers = [Reader(told) for _ in streams]
-        for stream, reader in zip(streams, readers, strict=True):
-            stream.attach(reader, is_paused=False)
-        room.post([(stream, output(stream.request_ids[0], 7)) for stream in streams])
-        while not told:
+    def __init__(self) -> None:
+        self.room = Mailroom(asyncio.get_running_loop())
+        self.closed: list[Any] = []
+        self.stream = OutputStream[RequestOutput](["a", "b"], self.room, self.closed.append, is_delta=True)
+        self.reader = Reader()
+
+    def post(self, *items: Any) -> None:
+        self.room.post([(self.stream, item) for item in items])
+
+    async def settle(self) -> None:
+        for _ in range(3):
             await asyncio.sleep(0)
-        # The next step comes before all have been told of this one: the two become one for those.
-        room.post([(stream, output(stream.request_ids[0], 8, finished=True)) for stream in streams])
-        while any(stream.num_open for stream in streams):
-            turns.append(len(told))
-            await asyncio.sleep(0)
-        return readers
 
-    readers = asyncio.run(asyncio.wait_for(work(), 30))
-    turns.append(len(told))
-    assert max(later - earlier for earlier, later in zip(turns, turns[1:], strict=False)) <= TOLD_PER_TURN
-    assert told[:count] == [str(index) for index in range(count)]
-    assert all([token for each in reader.token_ids for token in each] == [7, 8] for reader in readers)
-    assert len(readers[0].token_ids) == 2 and len(readers[-1].token_ids) == 1
+
+def run(work: Callable[[Setting], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        await work(Setting())
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_is_behind_tells_its_reader_once() -> None:
+    """Red when each of several messages costs a write of its own, or when one is told late for want of others."""
+
+    async def work(setting: Setting) -> None:
+        setting.stream.attach(setting.reader, is_paused=False)
+        setting.post(output(1))
+        await setting.settle()
+        assert setting.reader.calls == [[("a", [1])]]
+        for token_id in (2, 3):
+            setting.post(output(token_id), output(token_id, "b"))
+        await setting.settle()
+        assert setting.reader.calls[1:] == [[("a", [2, 3]), ("b", [2, 3])]]
+
+    run(work)
+
+
+def test_a_pause_joins_and_loses_nothing() -> None:
+    async def work(setting: Setting) -> None:
+        setting.post(output(1))
+        await setting.settle()
+        setting.stream.attach(setting.reader, is_paused=True)
+        for token_id in (2, 3):
+            setting.post(output(token_id))
+            await setting.settle()
+        assert setting.reader.calls == []
+        assert ids_of(setting.stream.waiting) == [("a", [1, 2, 3])]
+        setting.stream.resume()
+        setting.stream.pause()
+        setting.post(output(4, finished=True), output(5, "b", finished=True))
+        await setting.settle()
+        assert setting.stream.num_open == 2  # finished, and not taken
+        setting.stream.resume()
+        assert setting.reader.calls == [[("a", [1, 2, 3])], [("a", [4]), ("b", [5])]]
+        assert setting.stream.num_open == 0
+        setting.stream.close()
+        assert setting.closed == []
+
+    run(work)
+
+
+def test_an_error_comes_after_what_came_before_it() -> None:
+    async def work(setting: Setting) -> None:
+        error = EngineDeadError("gone")
+        setting.post(output(1), error)
+        assert ids_of(await setting.stream.get()) == [("a", [1])]
+        with pytest.raises(EngineDeadError, match="gone"):
+            await setting.stream.get()
+        setting.post(output(2), error)
+        await setting.settle()
+        setting.stream.attach(setting.reader, is_paused=False)
+        setting.stream.resume()
+        assert (setting.reader.calls, setting.reader.errors) == ([[("a", [2])]], [error])
+
+    run(work)
+
+
+def test_a_reader_that_gives_up_waiting_misses_nothing() -> None:
+    async def work(setting: Setting) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await setting.stream.get()
+        setting.post(output(1))
+        assert ids_of(await setting.stream.get()) == [("a", [1])]
+        setting.stream.close()
+        setting.stream.close()
+        assert setting.closed == [setting.stream]  # "b" is still to be aborted, once
+
+    run(work)
