@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.unit.loader.builders import write_gguf_file
+
 ARCHITECTURES = {
     "llama": MODEL_ARCH.LLAMA, "mistral": MODEL_ARCH.LLAMA, "mixtral": MODEL_ARCH.LLAMA,
     "smollm3": MODEL_ARCH.SMOLLM3, "granite": MODEL_ARCH.GRANITE, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3,
@@ -48,35 +50,15 @@ def write_hf_gguf(model: PreTrainedModel, folder: Path, path: Path, **metadata: 
     kind = config.model_type
     arch = ARCHITECTURES[kind]
     name = gguf.MODEL_ARCH_NAMES[arch]
-    writer = gguf.GGUFWriter(path, name)
     keys = {f"{name}.{key}": value for key, value in (_keys(config) | _FAMILY.get(kind, _none)(config)).items()}
-    for key, value in (keys | metadata).items():
-        _add(writer, key, value)
+    tensors: dict[str, np.ndarray] = {}
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for hf_name, tensor in _tensors(folder, kind, config):
         found = hf_name if hf_name.startswith("blk.") else names.get_name(hf_name, (".weight", ".bias"))
         assert found is not None, hf_name
         # The converter squeezes everything: a matrix of one row becomes a vector.
-        writer.add_tensor(found, np.ascontiguousarray(tensor.squeeze().float().numpy()))
-    for extra, values in _rope_tensors(config).items():
-        writer.add_tensor(extra, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif value is not None:
-        writer.add_array(key, value)
+        tensors[found] = np.ascontiguousarray(tensor.squeeze().float().numpy())
+    write_gguf_file(path, name, keys | metadata, tensors | _rope_tensors(config))
 
 
 def _tensors(folder: Path, kind: str, config: Any) -> Iterator[tuple[str, Tensor]]:

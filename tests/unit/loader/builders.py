@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,19 @@ def write_gguf(path: Path, *, quant: str = "F32", arch: str = "llama", metadata:
         "tokenizer.ggml.eos_token_id": TOKENS.index("<|end|>"),
         "tokenizer.chat_template": "{{ messages }}",
     } | (metadata or {})
+    tensors: dict[str, np.ndarray] = {}
+    for index, (name, shape) in enumerate(tensor_shapes().items()):
+        kind = quant if len(shape) == 2 else "F32"
+        raw = raw_blocks(kind, *shape, seed=index) if len(shape) == 2 else np.full(shape, 1 + index / 64, np.float32)
+        tensors[name] = raw
+    tensors |= extra or {}
+    write_gguf_file(path, arch, keys, tensors, quant, tensors_per_part)
+    return tensors
+
+
+def write_gguf_file(path: Path, arch: str, keys: Mapping[str, Any], tensors: Mapping[str, np.ndarray],
+                    quant: str = "F32", tensors_per_part: int = 0) -> None:  # fmt: skip
+    """Write any GGUF file: keys by the kind of their value (None is left out), bytes as blocks of type ``quant``."""
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_part)
     for key, value in keys.items():
         if isinstance(value, bool):
@@ -113,20 +127,12 @@ def write_gguf(path: Path, *, quant: str = "F32", arch: str = "llama", metadata:
             writer.add_string(key, value)
         elif value is not None:
             writer.add_array(key, value)
-    tensors: dict[str, np.ndarray] = {}
-    for index, (name, shape) in enumerate(tensor_shapes().items()):
-        kind = quant if len(shape) == 2 else "F32"
-        raw = raw_blocks(kind, *shape, seed=index) if len(shape) == 2 else np.full(shape, 1 + index / 64, np.float32)
-        tensors[name] = raw
-        writer.add_tensor(name, raw, raw_dtype=None if kind == "F32" else GGMLQuantizationType[kind])
-    for name, array in (extra or {}).items():
-        tensors[name] = array
-        writer.add_tensor(name, array)
+    for name, array in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=GGMLQuantizationType[quant] if array.dtype == np.uint8 else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return tensors
 
 
 def request(path: Path, config: ModelConfig | None = None, expected: dict[str, tuple[int, ...]] | None = None,

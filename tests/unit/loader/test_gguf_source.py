@@ -14,7 +14,17 @@ from octavo.errors import CheckpointError
 from octavo.loader import gguf as gguf_source
 from octavo.loader.gguf import GGUFSource
 from octavo.loader.gguf_names import hf_name
-from tests.unit.loader.builders import HEADS, HIDDEN, KV_HEADS, collect, raw_blocks, request, tiny_config, write_gguf
+from tests.unit.loader.builders import (
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    collect,
+    raw_blocks,
+    request,
+    tiny_config,
+    write_gguf,
+    write_gguf_file,
+)
 
 TYPES = [
     "F32",
@@ -79,13 +89,9 @@ def test_slices_of_any_size_give_the_same(slice_values: int, tmp_path: Path, mon
 def test_stacked_experts_are_taken_apart(quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, path = GGMLQuantizationType[quant], tmp_path / "m.gguf"
     raw = raw_blocks(quant, 3 * 5, HIDDEN, seed=3).reshape(3, 5, -1)
-    writer = gguf.GGUFWriter(path, "qwen3moe")
-    writer.add_tensor("blk.2.ffn_up_exps.weight", raw, raw_dtype=None if quant == "F32" else kind)
-    writer.add_tensor("blk.2.ffn_gate_inp_shexp.weight", np.ones(HIDDEN, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gate = np.ones(HIDDEN, np.float32)
+    tensors = {"blk.2.ffn_up_exps.weight": raw, "blk.2.ffn_gate_inp_shexp.weight": gate}
+    write_gguf_file(path, "qwen3moe", {}, tensors, quant)
     monkeypatch.setattr(gguf_source, "_SLICE_VALUES", 2 * HIDDEN)
     loaded = collect(GGUFSource(request(path)))
     whole = raw if quant == "F32" else gguf.quants.dequantize(raw, kind)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -23,7 +24,7 @@ from octavo.loader.dummy import DummySource
 from octavo.loader.mapping import Placement
 from octavo.models.registry import build_model
 from octavo.quantization.unquantized import Unquantized
-from tests.unit.loader.builders import collect, request, tiny_config
+from tests.unit.loader.builders import collect, request, tiny_config, write_gguf_file
 
 SIZES = {"vocab_size": 32768, "hidden_size": 512, "intermediate_size": 2048, "num_heads": 8, "num_kv_heads": 2,
          "num_layers": 4, "head_dim": 64}  # fmt: skip
@@ -74,20 +75,14 @@ def write_q8_gguf(path: Path, weights: dict[str, torch.Tensor]) -> None:
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",
     }
-    writer = gguf.GGUFWriter(path, "llama")
+    blocks: dict[str, np.ndarray] = {}
     for name, tensor in weights.items():
         short = name
         for old, new in names.items():
             short = short.replace(old, new)
-        if tensor.dim() == 1:
-            writer.add_tensor(short, tensor.numpy())
-        else:
-            kind = GGMLQuantizationType.Q8_0
-            writer.add_tensor(short, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        values = tensor.numpy()
+        blocks[short] = values if tensor.dim() == 1 else gguf.quants.quantize(values, GGMLQuantizationType.Q8_0)
+    write_gguf_file(path, "llama", {}, blocks, "Q8_0")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident size as Linux counts it")
