@@ -18,6 +18,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from octavo.utils.cache import cache_folder
 from octavo.utils.compiler import find_compiler
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
         return None, reason
     texts = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
     key = hashlib.sha256("\0".join((*texts, *_FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
-    library = _cache_folder() / f"octavo_cpu-{key}.so"
+    library = cache_folder("kernels") / f"octavo_cpu-{key}.so"
     try:
         if not library.exists():
             _compile(compiler, library)
@@ -81,18 +82,3 @@ def _processor() -> str:
     except OSError:
         return platform.machine() + platform.processor()
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(base) / "octavo" / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return _own_folder()
-    return folder if os.access(folder, os.W_OK) else _own_folder()
-
-
-def _own_folder() -> Path:
-    """New and private: under a name that can be foretold, somebody else could leave a library for us to load."""
-    return Path(tempfile.mkdtemp(prefix="octavo-kernels-"))
