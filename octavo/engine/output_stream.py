@@ -148,12 +148,11 @@ class OutputStream(Generic[Out]):
                 sink.failed(error)
 
     def _take(self) -> list[Out]:
-        outputs = list(self._waiting.values())
-        self._waiting.clear()
-        for output in outputs:
+        waiting, self._waiting = self._waiting, {}
+        for output in waiting.values():
             if output.finished:
                 self.num_open -= 1
-        return outputs
+        return list(waiting.values())
 
 
 Mail = tuple[OutputStream[Any], AnyOutput | BaseException]

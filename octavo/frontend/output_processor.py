@@ -213,7 +213,7 @@ class _Request:
         if self._is_final_only and not finished:
             return None
         delta, shown = self._is_delta, self.answers
-        fresh = [answer for answer in shown if answer.is_new]
+        fresh = shown if len(shown) == 1 and shown[0].is_new else [answer for answer in shown if answer.is_new]
         if not fresh:
             return None
         if delta:
@@ -226,7 +226,9 @@ class _Request:
             processed.prompt,
             processed.prompt_token_ids,
             None if self._prompt_logprobs is None else self._show_prompt_logprobs(delta),
-            [answer.completion(delta=delta) for answer in shown],
+            [shown[0].completion(delta=delta)]
+            if len(shown) == 1
+            else [answer.completion(delta=delta) for answer in shown],
             finished,
             self.stats,
             None,

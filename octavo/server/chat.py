@@ -258,10 +258,11 @@ class _ChoiceStream:
 
     def choice(self, answer: CompletionOutput) -> bytes:
         """JSON of the choice with what is new; empty when there is nothing to show yet."""
-        check_answer(answer, self._chat.generation.params)
+        parser, reason = self._parser, answer.finish_reason
+        if reason is not None:
+            check_answer(answer, self._chat.generation.params)
         if self._logged is not None:
             self._logged.append(answer.text)
-        parser, reason = self._parser, answer.finish_reason
         if parser is None:
             delta = b'{"content":%b}' % encode(answer.text) if answer.text or reason is None else b"{}"
         else:
@@ -320,7 +321,11 @@ class _ChatEvents:
                 b",".join([each.first() for each in choices]), _first_tail(chat, output, self._tail)
             )
         self._newest = output
-        event = b",".join(filter(None, [choices[answer.index].choice(answer) for answer in output.outputs]))
+        if len(output.outputs) == 1:
+            answer = output.outputs[0]
+            event = choices[answer.index].choice(answer)
+        else:
+            event = b",".join(filter(None, [choices[answer.index].choice(answer) for answer in output.outputs]))
         return first + self._template.chunk(event, self._tail) if event else first
 
     def ending(self) -> bytes:

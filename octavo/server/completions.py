@@ -284,8 +284,9 @@ class _ChoiceStream:
 
     def choice(self, output: RequestOutput, answer: CompletionOutput) -> bytes:
         """JSON of the choice with what is new; empty when there is nothing to show yet."""
-        check_answer(answer, self._completion.generation.params)
         text, reason = answer.text, answer.finish_reason
+        if reason is not None:
+            check_answer(answer, self._completion.generation.params)
         if self._logged is not None:
             self._logged.append(text)
         if self._is_plain and reason is None and not self._is_first:
@@ -357,7 +358,13 @@ class _CompletionEvents:
             self._tail = b',"usage":' + encode(completion.usage(self._newest.values()))
         first = index * self._num_each
         choices = self._choices
-        event = b",".join(filter(None, [choices[first + each.index].choice(output, each) for each in output.outputs]))
+        if len(output.outputs) == 1:
+            answer = output.outputs[0]
+            event = choices[first + answer.index].choice(output, answer)
+        else:
+            event = b",".join(
+                filter(None, [choices[first + each.index].choice(output, each) for each in output.outputs])
+            )
         return self._template.chunk(event, self._tail) if event else b""
 
     def ending(self) -> bytes:
