@@ -5,6 +5,7 @@ Called by ``octavo serve``, and by each of several HTTP processes (``workers.py`
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import logging
 import socket
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from octavo.config.args import EngineArgs
 from octavo.config.server import ServerConfig
+from octavo.engine.heartbeat import DUMP_SIGNAL
 from octavo.engine.replay import Launch
 from octavo.engine.supervisor import launcher
 from octavo.server import instruments, listen
@@ -79,6 +81,7 @@ def serve_here(
         How it ended.
     """
     place = place or Place()
+    faulthandler.register(DUMP_SIGNAL, all_threads=True)
     service = Service(config=config)
     supervisor, lifecycle = supervise(
         service, launch, log_stats=log_stats and place.index == 0, index=place.index, count=place.count

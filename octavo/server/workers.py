@@ -103,12 +103,13 @@ class EngineOwner:
     def close(self) -> None:
         """End the engine."""
         self._is_closing.set()
-        client, process = self._client, self._process
-        if client is not None:
-            client.close()
-        elif process is not None:
-            process.kill()
-        self._thread.join()
+        while self._thread.is_alive():  # another engine may just be on its way
+            client, process = self._client, self._process
+            if client is not None:
+                client.close()
+            elif process is not None:
+                process.kill()
+            self._thread.join(POLL_S)
 
     def _run(self) -> None:
         while not self._is_closing.is_set():

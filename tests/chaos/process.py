@@ -31,14 +31,24 @@ def make_tiny_model(folder: Path) -> Path:
 
 
 class ServerProcess:
-    """``octavo serve`` with some flags."""
+    """``octavo serve`` with some flags.
 
-    def __init__(self, flags: list[str], log: Path) -> None:
+    Args:
+        flags: Beside address and port.
+        log: Where its log goes.
+        max_files: How many files each of its processes may have open.
+    """
+
+    def __init__(self, flags: list[str], log: Path, max_files: int | None = None) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self.log = log
+        program = "import sys; from octavo.cli.main import main; sys.exit(main(sys.argv[1:]))"
+        if max_files is not None:
+            limit = f"resource.setrlimit(resource.RLIMIT_NOFILE, ({max_files}, {max_files}))"
+            program = f"import resource; {limit}; {program}"
         command = [
-            sys.executable, "-c", "import sys; from octavo.cli.main import main; sys.exit(main(sys.argv[1:]))",
+            sys.executable, "-c", program,
             "serve", "--host", "127.0.0.1", "--port", str(self.port), "--disable-uvicorn-access-log", *flags,
         ]  # fmt: skip
         with log.open("wb") as file:
@@ -79,6 +89,13 @@ class ServerProcess:
                 if child.status() != psutil.STATUS_ZOMBIE and module in child.cmdline():
                     found.append(child.pid)
         return found
+
+    def dump_stacks(self) -> None:
+        """All processes of the server write the stacks of their threads to the log."""
+        workers = self.workers()
+        for pid in (*(workers or [self.process.pid]), *self._children("octavo.engine.core_main")):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
 
     async def kill_engine(self, number: signal.Signals = signal.SIGKILL) -> int:
         """Send a signal to the engine; its id."""
@@ -123,13 +140,13 @@ class ServerProcess:
         for pid in family:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.wait(WAIT_S)
 
 
 @contextmanager
-def serving(flags: list[str], log: Path) -> Iterator[ServerProcess]:
+def serving(flags: list[str], log: Path, max_files: int | None = None) -> Iterator[ServerProcess]:
     """A server that is ended in any case; afterwards none of its processes may be left."""
-    server = ServerProcess(flags, log)
+    server = ServerProcess(flags, log, max_files)
     try:
         yield server
     except BaseException:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from tests.chaos.client import Answer, Call, ask, completion
-from tests.chaos.process import ServerProcess
+from tests.chaos.process import WAIT_S, ServerProcess
 
 Figures = dict[str, float]
 
@@ -145,6 +145,38 @@ async def sigterm_under_load(server: ServerProcess, count: int, max_tokens: int)
     return {"streams": count, "drain, s": done_s - sent_s, "exit after the last token, s": time.monotonic() - done_s}
 
 
+async def more_connections_than_files(server: ServerProcess, max_files: int) -> Figures:
+    """Clients open twice as many connections as the server may have files: it takes what it can, tells the others at
+    once, goes on with the stream that runs, and is well when they have gone."""
+    running = asyncio.create_task(stream(server, 0, 200))
+    held: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    refused = accepted = 0
+    try:
+        for _ in range(2 * max_files):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            held.append((reader, writer))
+            writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")  # and stays
+        for reader, _ in held:
+            try:
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                head = b"HTTP/1.1 503 the connection was closed\r\nretry-after: 1"
+            accepted += head.startswith(b"HTTP/1.1 200")
+            if head.startswith(b"HTTP/1.1 503"):
+                refused += 1
+                assert b"retry-after" in head.lower()
+        check_complete([await running])
+    finally:
+        for _, writer in held:
+            writer.transport.abort()
+    assert accepted >= max_files / 4, f"{accepted} of {len(held)} connections were taken"
+    assert refused >= len(held) - max_files and accepted + refused == len(held), (accepted, refused)
+    await server.until(200, "/livez")
+    check_complete(await all_streams(server, 20, 10))
+    assert "Traceback" not in server.log.read_text() and "Too many open files" not in server.log.read_text()
+    return {"connections taken": accepted, "told that there are too many": refused}
+
+
 async def second_sigterm(server: ServerProcess) -> Figures:
     """The second signal ends what the first let run."""
     begun = asyncio.Event()
@@ -242,8 +274,9 @@ async def several_http_processes(server: ServerProcess, count: int, max_tokens: 
     check_complete([each for each in answers.values() if isinstance(each, Answer)])
     assert len(lost) < count, "all streams were on one process"
     await server.until_ready()
-    while len(server.workers()) < 2:
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(WAIT_S):
+        while len(server.workers()) < 2:
+            await asyncio.sleep(0.05)
     await server.until_idle()
     check_complete(await all_streams(server, count, 5))
     return {**figures, "streams lost with their HTTP process": len(lost)}

@@ -16,7 +16,7 @@ import pytest
 
 from tests.chaos import scenarios
 from tests.chaos.client import ask, completion
-from tests.chaos.process import ServerProcess, make_tiny_model, serving
+from tests.chaos.process import WAIT_S, ServerProcess, make_tiny_model, serving
 
 Scenario = Callable[[ServerProcess], Coroutine[Any, Any, Any]]
 Play = Callable[..., None]
@@ -26,7 +26,7 @@ Play = Callable[..., None]
 def play(tmp_path: Path, smollm2_gguf: Path) -> Play:
     """Run a scenario against a server of its own, which is over afterwards."""
 
-    def run(scenario: Scenario, *flags: str, wait: bool = True) -> None:
+    def run(scenario: Scenario, *flags: str, wait: bool = True, max_files: int | None = None) -> None:
         model = make_tiny_model(tmp_path)
         everything = [
             str(model), "--served-model-name", "m", "--load-format", "dummy", "--tokenizer", str(smollm2_gguf),
@@ -34,11 +34,17 @@ def play(tmp_path: Path, smollm2_gguf: Path) -> Play:
         ]  # fmt: skip
 
         async def main() -> None:
-            if wait:
-                await server.until_ready()
-            await scenario(server)
+            try:
+                async with asyncio.timeout(2 * WAIT_S):
+                    if wait:
+                        await server.until_ready()
+                    await scenario(server)
+            except TimeoutError:
+                server.dump_stacks()
+                await asyncio.sleep(1)
+                raise AssertionError(f"the scenario hangs; status of the server: {server.process.poll()}") from None
 
-        with serving(everything, tmp_path / "log") as server:
+        with serving(everything, tmp_path / "log", max_files) as server:
             family = psutil.Process(server.process.pid)
             asyncio.run(main())
             if server.process.poll() is not None:
@@ -62,6 +68,10 @@ def test_several_http_processes_survive_each_other_and_a_second_sigterm_ends_all
         await scenarios.second_sigterm(server)
 
     play(scenario, "--api-server-count", "2")
+
+
+def test_more_connections_than_files_are_told_so_and_harm_nobody(play: Play) -> None:
+    play(lambda server: scenarios.more_connections_than_files(server, 256), max_files=256)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from octavo.engine.async_llm import AsyncLLM
 from octavo.server.app import build_app
 from octavo.server.protocol import limits_of, make_protocol
 from octavo.server.service import Service
+from tests.waiting import WAIT_S, stop_server, wait_until
 
 CONTEXT = 256
 TINY_CONFIG = {
@@ -82,16 +82,14 @@ def start_server(tiny_engine: AsyncLLM) -> Iterator[Callable[..., Server]]:
         server = _Quiet(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
-        while not server.started:
-            time.sleep(0.005)
+        wait_until(lambda: server.started, "the server's start")
         port = server.servers[0].sockets[0].getsockname()[1]
         running.append((server, thread, service))
         return Server(f"http://127.0.0.1:{port}", service)
 
     yield start
     for server, thread, service in running:
-        server.should_exit = True
-        thread.join()
+        stop_server(server, thread)
         service.close()
 
 
@@ -117,12 +115,19 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stderr=stream, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     try:
-        while "Application startup complete." not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
+        wait_until(
+            lambda: process.poll() is not None or "Application startup complete." in log.read_text(),
+            "the server's start",
+        )
+        assert process.poll() is None, log.read_text()
         found = re.search(r"Starting Octavo server on (http://127\.0\.0\.1:\d+)", log.read_text())
         assert found is not None
         yield found[1]
     finally:
         process.terminate()
-        assert process.wait() == 0, log.read_text()
+        try:
+            status = process.wait(WAIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(f"the server did not end:\n{log.read_text()}") from None
+        assert status == 0, log.read_text()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from octavo.engine.async_llm import AsyncLLM
 from octavo.server.app import build_app
 from octavo.server.service import Service
 from tests.models.pooling_cases import CASES, expected, make, save, save_tokenizer
+from tests.waiting import stop_server, wait_until
 
 TOLERANCE = 1e-4
 
@@ -46,8 +46,7 @@ class Served:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
-        while not self.server.started:
-            time.sleep(0.005)
+        wait_until(lambda: self.server.started, "the server's start")
         self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
 
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
@@ -58,8 +57,7 @@ class Served:
         return expected(self.case, self.model, [2, *words, 3], normalized=normalized)
 
     def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join()
+        stop_server(self.server, self.thread)
         self.engine.shutdown()
 
 

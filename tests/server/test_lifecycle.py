@@ -19,6 +19,7 @@ from octavo.server.app import build_app
 from octavo.server.guarded import layers
 from octavo.server.lifecycle import Lifecycle, first_line
 from octavo.server.service import Service
+from tests.waiting import WAIT_S
 
 
 class FakeEngine:
@@ -87,8 +88,9 @@ def test_what_is_said_in_each_state(state: EngineState | str) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 def test_a_drain_waits_for_what_is_open_and_lets_nothing_in() -> None:

@@ -18,6 +18,7 @@ from octavo.config.guard import GuardConfig
 from octavo.server.connection_writer import writer_of
 from octavo.server.limits import BodyLimits
 from octavo.server.protocol import ConnectionLimits, make_protocol
+from tests.waiting import join, wait_until
 
 MAX_BODY = 1000
 
@@ -57,12 +58,11 @@ def serving(max_body: int = MAX_BODY, app: Any = echo, **changes: Any) -> Iterat
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
-        while not server.started:
-            time.sleep(0.01)
+        wait_until(lambda: server.started, "the server's start")
         yield listener.getsockname()[1]
     finally:
         server.should_exit = server.force_exit = True
-        thread.join()
+        join(thread)
         listener.close()
 
 
@@ -283,10 +283,7 @@ def test_a_stream_whose_reader_takes_nothing_fills_little_memory() -> None:
         connection.settimeout(10)
         connection.connect(("127.0.0.1", port))
         connection.sendall(get("/", method="POST"))
-        deadline_s = time.monotonic() + 20
-        while not SEEN:
-            assert time.monotonic() < deadline_s, "the connection takes whatever comes"
-            time.sleep(0.01)
+        wait_until(lambda: SEEN, "a connection that takes no more")
     assert SEEN[0] < 2**19
 
 

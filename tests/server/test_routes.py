@@ -5,7 +5,6 @@ from __future__ import annotations
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from octavo.server.app import build_app, describe_routes, make_routes
 from octavo.server.listen import address_of, bind, web_config
 from octavo.server.service import Service
 from tests.server.conftest import CONTEXT, Server
+from tests.waiting import stop_server, wait_until
 
 SHORT = {"prompt": "Hi", "max_tokens": 1}
 
@@ -235,11 +235,9 @@ def serving(engine: Any, **settings: Any) -> Iterator[str]:
     server = uvicorn.Server(web_config(build_app(service), config))
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.005)
+    wait_until(lambda: server.started, "the server's start")
     yield url
-    server.should_exit = True
-    thread.join()
+    stop_server(server, thread)
     listener.close()
     service.close()
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from octavo.server.generation import Generation
 from octavo.server.service import RequestRecord, Service
 from octavo.server.sse import EventStream, StallGuard
 from tests.server.conftest import Server
+from tests.waiting import join, wait_until
 
 LONG = {"model": "tiny", "prompt": "The sea", "max_tokens": 250, "ignore_eos": True, "temperature": 0}
 
@@ -36,8 +36,7 @@ class Records:
         service.observers.append(self)
 
     def wait(self, count: int = 1) -> RequestRecord:
-        while len(self.found) < count:
-            time.sleep(0.005)
+        wait_until(lambda: len(self.found) >= count, f"{count} finished requests")
         return self.found[count - 1]
 
 
@@ -53,6 +52,7 @@ def test_a_reader_that_leaves_ends_its_request(
     """Streaming or not, whatever it was doing: the engine stops and every block is free again."""
     records = Records()
     server = start_server(records.install)
+    engine_ids = server.service.open_requests.engine_ids
     host, port = server.url.removeprefix("http://").split(":")
     for index, streaming in enumerate((True, False)):
         raw = json.dumps({**LONG, "n": 4, "temperature": 1, "stream": streaming}).encode()
@@ -62,14 +62,12 @@ def test_a_reader_that_leaves_ends_its_request(
             if streaming:
                 assert b"200 OK" in connection.recv(1000)
             else:
-                while not server.service.open_requests.engine_ids(next(iter(open_ids(server)), "")):
-                    time.sleep(0.005)
+                wait_until(lambda: any(map(engine_ids, open_ids(server))), "a request at the engine")
         record = records.wait(index + 1)
         assert record.error_code == "client_gone"
         assert "abort" in record.finish_reasons
         assert record.num_generation_tokens < 1000
-    while num_blocks_held(server):
-        time.sleep(0.005)
+    wait_until(lambda: not num_blocks_held(server), "free blocks")
     assert not open_ids(server)
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")]
 
@@ -176,15 +174,21 @@ def test_abort_by_id(server: Server) -> None:
         with server.client() as client:
             answers.append(client.post("/v1/completions", json=LONG, headers={"X-Request-Id": "mine"}))
 
-    thread = threading.Thread(target=ask)
-    thread.start()
     with server.client() as client:
-        while client.post("/v1/requests/cmpl-mine/abort").status_code == 404:
-            time.sleep(0.001)
-        thread.join()
-        choice = answers[0].json()["choices"][0]
+
+        def abort_while_it_runs() -> bool:
+            thread = threading.Thread(target=ask)
+            thread.start()
+            is_aborted = False
+            while thread.is_alive() and not is_aborted:  # on a slow day it may be over before it was seen to run
+                is_aborted = client.post("/v1/requests/cmpl-mine/abort").status_code == 200
+            join(thread)
+            return is_aborted
+
+        wait_until(abort_while_it_runs, "an abort in time")
+        choice = answers[-1].json()["choices"][0]
         assert choice["finish_reason"] == "abort"
-        assert answers[0].json()["usage"]["completion_tokens"] < 250
+        assert answers[-1].json()["usage"]["completion_tokens"] < 250
         gone = client.post("/v1/requests/cmpl-mine/abort")
         assert (gone.status_code, gone.json()["error"]["code"]) == (404, "request_not_found")
         assert client.post("/abort_requests", json={"request_ids": ["nobody"]}).json() == {"aborted": []}
