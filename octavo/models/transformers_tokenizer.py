@@ -102,13 +102,20 @@ def _candidates(original: Any, code: CheckpointCode, reasons: list[str]) -> Iter
             yield _framed(original, made)
     file = getattr(original, "vocab_file", None)
     if isinstance(file, str) and Path(file).is_file():
-        config = Path(code.folder) / "tokenizer_config.json"
-        try:
-            made = read_unconverted(Path(file), read_json_object(config) if config.exists() else {}).tokenizer
-        except CheckpointError as error:
-            reasons.append(error.message)
-            return
-        yield _framed(original, made)
+        # What follows a special token begins with a space or not: the code decides, not a field.
+        for is_legacy in (True, False):
+            try:
+                made = read_unconverted(Path(file), {**_stated(Path(code.folder)), "legacy": is_legacy}).tokenizer
+            except CheckpointError as error:
+                reasons.append(error.message)
+                return
+            yield _framed(original, made)
+
+
+def _stated(folder: Path) -> dict[str, Any]:
+    """``tokenizer_config.json``; empty where there is none."""
+    config = folder / "tokenizer_config.json"
+    return read_json_object(config) if config.exists() else {}
 
 
 def _framed(original: Any, made: Tokenizer) -> Tokenizer:
@@ -153,8 +160,7 @@ def _data(original: Any, rebuilt: Tokenizer, folder: Path) -> TokenizerData:
         token = getattr(original, f"{role}_token", None)
         roles[f"{role}_token"] = None if token is None else str(token)
         roles[f"{role}_token_id"] = None if token is None else rebuilt.token_to_id(str(token))
-    config = folder / "tokenizer_config.json"
-    templates = folder_templates(folder, read_json_object(config) if config.exists() else {})
+    templates = folder_templates(folder, _stated(folder))
     of_code = getattr(original, "chat_template", None)
     if not templates and isinstance(of_code, str):
         templates = {DEFAULT_TEMPLATE: of_code}

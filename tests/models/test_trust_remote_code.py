@@ -7,6 +7,7 @@ rebuilt tokenizer gives other ids than the code.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import logging
 import shutil
@@ -16,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from octavo import LLM, SamplingParams
+from octavo.checkpoint.code import read_tokenizer_code
 from octavo.checkpoint.locate import locate_model
 from octavo.checkpoint.tokenizer_data import load_tokenizer_data
 from octavo.errors import CheckpointError, ConfigError, OctavoError
+from octavo.frontend.tokenizer import load_tokenizer
+from octavo.models.transformers_tokenizer import rebuild_tokenizer
 
 CODE = Path(__file__).parent / "checkpoint_code"
 AUTO_MAP = {
@@ -121,6 +126,30 @@ def test_the_same_tokens_as_transformers(
     assert len(said) == 2
     assert "configuration_odd.py, modeling_odd.py" in said[0]
     assert "tokenization_odd.py" in said[1]
+
+
+def test_a_sentencepiece_tokenizer_with_marks_of_its_own(tmp_path: Path) -> None:
+    """What the code puts before every text, and tokens that no file names, are kept."""
+    folder = write(tmp_path / "m")
+    text = ["the quick brown fox jumps over the lazy dog again and again", "zwölf 12 été 漢字"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=330, hard_vocab_limit=False, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, model_type="bpe", minloglevel=9,
+    )  # fmt: skip
+    (folder / "pieces.model").write_bytes(model.getvalue())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_pieces.PieceTokenizer", None]}, "legacy": False})
+    )
+    code = read_tokenizer_code(folder)
+    assert code is not None
+    ours = load_tokenizer(rebuild_tokenizer(code))
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    for each in (*text, "[gMASK]<sop> zwölf", "  two\n"):
+        assert ours.encode(each) == theirs.encode(each)
+        assert ours.encode(each)[:2] == theirs.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+    assert ours.decode(ours.encode("the fox"), skip_special_tokens=True) == "the fox"
+    assert ours.eos_token == "</s>"
 
 
 def test_without_the_flag_no_line_runs(tmp_path: Path) -> None:
