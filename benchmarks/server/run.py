@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import send_floor
 from harness import (
     FAKE,
     Client,
@@ -102,7 +103,8 @@ async def many_idle(server: Server, count: int, *, all_open_s: float, rss_mb: fl
 
 async def token_cost(server: Server, scale: float, count: int = 200, tokens: int = 256) -> tuple[dict[str, Any], Aims]:
     """Streams at a steady pace: processor time of the HTTP process per streamed token, once all have begun. What their
-    requests cost before, spread over their tokens, is in ``with_requests_us``."""
+    requests cost before, spread over their tokens, is in ``with_requests_us``; what a bare ``send`` costs here in
+    ``floor_system_us``."""
     count = max(10, int(count * scale))
     await wait_closed(await connect_many(server.port, [completion("Warm", 32)] * 20, per_second=500), 60)
     before = server.usage()
@@ -117,13 +119,14 @@ async def token_cost(server: Server, scale: float, count: int = 200, tokens: int
     seconds, after = time.perf_counter() - begin_s, server.usage()
     total = count * tokens
     streamed = total - begun_tokens
+    floor = await asyncio.to_thread(send_floor.measure, count)
     measured = {
         "streams": count, "tokens_per_s": streamed / seconds,
         "user_us_per_token": 1e6 * (after.cpu_s - after.system_s - begun.cpu_s + begun.system_s) / streamed,
         "system_us_per_token": 1e6 * (after.system_s - begun.system_s) / streamed,
         "tokens_per_event": streamed / max(1, sum(each.result.num_events for each in clients) - num_events),
         "with_requests_us": 1e6 * (after.cpu_s - before.cpu_s) / total,
-        "engine_us_per_token": 1e6 * (after.engine_cpu_s - begun.engine_cpu_s) / streamed, **seen(clients),
+        "engine_us_per_token": 1e6 * (after.engine_cpu_s - begun.engine_cpu_s) / streamed, **floor, **seen(clients),
     }  # fmt: skip
     return measured, {
         "errors": (num_bad(clients, tokens), "<=", 0),
