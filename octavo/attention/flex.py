@@ -191,7 +191,10 @@ class FlexBackend:
         return mask_mod
 
     def _score_mod(self, logical: Tensor, first: Tensor) -> Callable[..., Tensor]:
-        page, softcap, modify = self._spec.block_size, self._spec.logit_softcap, self.modify
+        page, modify = self._spec.block_size, self.modify
+        # A tensor: of a captured number torch's compiler makes a symbol that it cannot lower (torch 2.11).
+        cap = self._spec.logit_softcap
+        softcap = None if cap is None else torch.full((), cap, device=first.device)
 
         def score_mod(score: Tensor, request: Tensor, head: Tensor, query: Tensor, slot: Tensor) -> Tensor:
             if softcap is not None:

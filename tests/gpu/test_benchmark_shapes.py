@@ -26,6 +26,8 @@ SHAPES = {
 PROMPTS = random_prompts(8, longest=300)
 LOGPROB_TOLERANCE = 0.15
 """Chosen, not fitted: two layers of products in bfloat16 (8 bits) over random weights."""
+TIE = 0.05
+"""Two logprobs in bfloat16 that are as good as equal."""
 
 
 @pytest.fixture(params=SHAPES)
@@ -58,8 +60,43 @@ def run(llm: LLM, params: SamplingParams) -> list[RequestOutput]:
 
 
 def test_recorded_steps_agree_with_launched_ones_in_bfloat16(start: Callable[..., LLM]) -> None:
-    # As many requests as a recorded size has, all of one length: products of the same shapes, so the very same bits.
-    assert tokens_of(run(start(), greedy(20))) == tokens_of(run(start(enforce_eager=True), greedy(20)))
+    # Recorded prompts are filled up, so cuBLAS may take another order of the same sums. Tokens may differ, but only
+    # where two were as good as equal. In float32 test_engine_equality asks for the same tokens.
+    recorded, launched = tokens_of(run(start(), greedy(20))), tokens_of(run(start(enforce_eager=True), greedy(20)))
+    texts: list[list[int]] = []
+    pairs: list[set[int]] = []
+    for prompt, [one], [other] in zip(PROMPTS, recorded, launched, strict=True):
+        if one != other:
+            at = next(index for index in range(20) if one[index] != other[index])
+            texts.append([*prompt, *one[:at]])
+            pairs.append({one[at], other[at]})
+    llm = start(enforce_eager=True)
+    try:
+        last = llm.generate(texts, SamplingParams(temperature=0.0, max_tokens=1, logprobs=2)) if texts else []
+    finally:
+        llm.close()
+    for output, pair in zip(last, pairs, strict=True):
+        found = output.outputs[0].logprobs[0]
+        assert pair <= set(found)
+        values = [found[token].logprob for token in pair]
+        assert abs(values[0] - values[1]) < TIE
+
+
+def test_one_request_agrees_with_many(start: Callable[..., LLM]) -> None:
+    """A batch of one has products of its own, without tensor cores: the same logits within rounding."""
+    prompts = [list(range(5, 5 + length)) for length in (1, 40, 300)]
+    params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=1, ignore_eos=True)
+    llm = start()
+    try:
+        alone = [llm.generate(prompt, params)[0].outputs[0] for prompt in prompts]
+        together = [output.outputs[0] for output in llm.generate(prompts, params)]
+    finally:
+        llm.close()
+    for one, other in zip(alone, together, strict=True):
+        for step, (mine, theirs) in enumerate(zip(one.token_ids, other.token_ids, strict=True)):
+            assert abs(one.logprobs[step][mine].logprob - other.logprobs[step][theirs].logprob) < LOGPROB_TOLERANCE
+            if mine != theirs:
+                break  # as good as equal, and not the same text any more
 
 
 def test_logprobs_are_those_of_the_cpu_in_float32(start: Callable[..., LLM]) -> None:

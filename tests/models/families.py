@@ -321,7 +321,11 @@ def make_reference(name: str, **more: Any) -> PreTrainedModel:
     """
     variant = VARIANTS[name]
     torch.manual_seed(list(VARIANTS).index(name))
-    config = getattr(transformers, variant.config)(**{**SMALL, **variant.options, **more})
+    config_class = getattr(transformers, variant.config)
+    options = {**SMALL, **variant.options, **more}
+    if "swiglu_limit" in options and not hasattr(config_class(), "swiglu_limit"):
+        del options["swiglu_limit"]  # transformers before 5.20 has a number in its code instead
+    config = config_class(**options)
     model_class = getattr(transformers, variant.architecture)
     if variant.wrap is not None:
         outer = model_class.config_class(text_config=config.to_dict(), **variant.wrap)
