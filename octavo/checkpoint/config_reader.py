@@ -88,6 +88,10 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
     if str(config.get("model_type")) in BOTH_WAYS:
         reason = "attends to its prompt in both directions, which is not supported"
         raise CheckpointError(file, f"model_type {config['model_type']!r} {reason}")
+    if config.get("is_encoder_decoder") is True:
+        raise CheckpointError(
+            file, "is_encoder_decoder is true: a model with an encoder and a decoder is not supported"
+        )
     config, wrapper = language_model(config)
     config = expand_mla(config, file)
     f = Fields(config, file)

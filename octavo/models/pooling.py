@@ -88,7 +88,8 @@ def build_pooling_model(config: ModelConfig, pooling: PoolingConfig, context: La
     if decoder is None:
         raise ConfigError(
             f"architecture {name!r} cannot pool: it is no encoder ({', '.join(POOLING_MODELS.names())}) and no decoder "
-            f"of Octavo ({', '.join(MODELS.names())})",
+            f"of Octavo ({', '.join(MODELS.names())})"
+            + ("; the code that the checkpoint brings is not run for models that pool" if config.code else ""),
             param="model",
         )
     # A tied head is no parameter of its own.

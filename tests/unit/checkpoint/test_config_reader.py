@@ -239,6 +239,12 @@ def test_code_of_the_model_is_not_run(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
+def test_an_encoder_with_a_decoder_is_named_as_such(tmp_path: Path) -> None:
+    """BART's and Whisper's files lack what is asked for next, which would be a puzzling thing to hear."""
+    with pytest.raises(CheckpointError, match="an encoder and a decoder is not supported"):
+        read(tmp_path, {"model_type": "bart", "is_encoder_decoder": True, "encoder_layers": 2})
+
+
 def test_overrides_win_and_are_checked(tmp_path: Path) -> None:
     rope = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
     config = read(tmp_path, LLAMA | rope, overrides={"max_position_embeddings": 77, "rope_scaling": {"factor": 3.0}})
