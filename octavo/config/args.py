@@ -220,6 +220,12 @@ class EngineArgs:
         20, "count", FRONTEND, "Most log-probabilities per token that a request may ask for; -1: the vocabulary.",
         low=-1, high=INT32_MAX,
     )  # fmt: skip
+    stream_interval: int = setting(
+        1, "count", FRONTEND,
+        "Tokens of an answer from one output of a stream to the next; the first and the last come at once. More cost "
+        "the frontend less, and come less smoothly.",
+        low=1, high=INT32_MAX,
+    )  # fmt: skip
     logprobs_mode: str = setting(
         "raw_logprobs", "text", FRONTEND,
         "What logprobs means: before (raw) or after (processed) penalties and temperature, normalised or logits.",

@@ -126,7 +126,6 @@ KNOWN_FLAGS: Mapping[str, KnownFlag] = {
         "1",
         is_hint=True,
     ),
-    **_table("stream-interval", "every token is streamed as it comes", "1", is_hint=True),
     **_table("max-parallel-loading-workers", "weights are streamed from one mapped file", is_hint=True),
     **_table("safetensors-load-strategy", "weights are always streamed from mapped files", is_hint=True),
     **_table(

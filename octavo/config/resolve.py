@@ -353,4 +353,5 @@ def _frontend(args: EngineArgs, located: Located, model: ModelConfig, notes: lis
         logprobs_mode=args.logprobs_mode,
         sampling_defaults=defaults,
         seed=args.seed,
+        stream_interval=args.stream_interval,
     )

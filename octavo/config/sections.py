@@ -126,3 +126,5 @@ class FrontendConfig:
     """Defaults that a request's fields fall back to, from generation_config and its override."""
     seed: int
     """Of the generator that gives each unseeded request its seed."""
+    stream_interval: int = 1
+    """Tokens of an answer from one output of a stream to the next."""

@@ -89,7 +89,9 @@ class Frontend:
         )
         """Makes requests of a model that pools; None for one that generates."""
         self.outputs: OutputProcessor | PoolingOutputs = (
-            OutputProcessor(tokenizer, self.stats) if pooling is None else PoolingOutputs(self.stats)
+            OutputProcessor(tokenizer, self.stats, config.frontend.stream_interval)
+            if pooling is None
+            else PoolingOutputs(self.stats)
         )
         self.next_id = itertools.count()
         num_blocks = client.ready.num_blocks

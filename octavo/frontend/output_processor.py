@@ -179,8 +179,11 @@ class _Answer:
 class _Request:
     """One prompt and its answers."""
 
-    def __init__(self, processed: ProcessedRequest, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, processed: ProcessedRequest, tokenizer: Tokenizer | None, interval: int) -> None:
         params = processed.params
+        self._interval = interval
+        self._num_shown = 0
+        """Tokens of all answers at the last output."""
         self.processed = processed
         self.params = params
         self.decode_token = tokenizer.token_text if tokenizer is not None and params.detokenize else None
@@ -216,6 +219,8 @@ class _Request:
         fresh = shown if len(shown) == 1 and shown[0].is_new else [answer for answer in shown if answer.is_new]
         if not fresh:
             return None
+        if self._interval > 1 and not finished and not self._is_due(fresh):
+            return None
         if delta:
             shown = fresh
         if finished:
@@ -234,6 +239,15 @@ class _Request:
             None,
             self.num_cached_tokens,
         )
+
+    def _is_due(self, fresh: Sequence[_Answer]) -> bool:
+        """Whether enough tokens have come since the last output for another one."""
+        num_tokens = self.stats.num_generation_tokens
+        is_enough = num_tokens - self._num_shown >= self._interval * self.num_unfinished
+        if self._num_shown and not is_enough and not any(answer.finish_reason is not None for answer in fresh):
+            return False
+        self._num_shown = num_tokens
+        return True
 
     def _show_prompt_logprobs(self, delta: bool) -> PromptLogprobs | None:
         """All of them once they are complete; under DELTA in one output only."""
@@ -280,9 +294,13 @@ class OutputProcessor:
     Args:
         tokenizer: None under ``skip_tokenizer_init``: outputs have ids and no text.
         observer: Counts what happens, if anybody wants to know.
+        interval: Tokens of an answer from one output of an unfinished request to the next.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, observer: RequestObserver | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, observer: RequestObserver | None = None, interval: int = 1
+    ) -> None:  # fmt: skip
+        self._interval = interval
         self._tokenizer = tokenizer
         self._observer = observer
         self._requests: dict[str, _Request] = {}
@@ -311,7 +329,7 @@ class OutputProcessor:
                 f"request_id {processed.request_id[:80]!r} belongs to a request that is still running",
                 param="request_id",
             )
-        request = _Request(processed, self._tokenizer)
+        request = _Request(processed, self._tokenizer, self._interval)
         self._requests[processed.request_id] = request
         self._answers.update(zip(core_ids, request.answers, strict=True))
 

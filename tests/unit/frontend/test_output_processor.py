@@ -360,3 +360,25 @@ def test_detokenize_false_gives_ids_only(outputs: OutputProcessor, submit: Submi
     assert last is not None
     assert (last.outputs[0].text, last.outputs[0].token_ids) == ("", ids[:1])
     assert last.outputs[0].logprobs == [{ids[0]: Logprob(-1.0, 1, None)}]
+
+
+@pytest.mark.parametrize("kind", [DELTA, CUMULATIVE])
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_interval_shows_several_tokens_at_once(
+    model_config: ModelConfig, frontend_config: FrontendConfig, byte_level: Tokenizer, kind: RequestOutputKind, n: int
+) -> None:
+    """The first token and the end of an answer are shown at once; nothing is lost or shown twice in between."""
+    outputs = OutputProcessor(byte_level, interval=3)
+    inputs = InputProcessor(model_config, frontend_config, 256, byte_level)
+    processed = inputs.process("r", "the", SamplingParams(max_tokens=100, output_kind=kind, n=n))
+    outputs.register(processed)
+    ids = byte_level.encode("hello world, hello", add_special_tokens=False)[:8]
+    shown: list[list[int]] = []
+    for index, token_id in enumerate(ids):
+        reason = FinishReason.LENGTH if index == 7 else None
+        batch = [EngineCoreOutput(each.request_id, [token_id], reason) for each in processed.core_requests]
+        shown += [each.outputs[-1].token_ids for each in outputs.process(batch).request_outputs]
+    ends = (1, 4, 7, 8)
+    starts = (0, 1, 4, 7) if kind is DELTA else (0, 0, 0, 0)
+    assert shown == [ids[start:end] for start, end in zip(starts, ends, strict=True)]
+    assert len(ids) == 8
