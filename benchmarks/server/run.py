@@ -340,6 +340,7 @@ SCENARIOS: dict[str, Scenario] = {
     "token-cost": Scenario(token_cost, ROOMY, {"FAKE_STEP_MS": "20"}),
     "token-cost-20": Scenario(functools.partial(token_cost, count=20), ROOMY, {"FAKE_STEP_MS": "20"}),
     "token-cost-1000": Scenario(functools.partial(token_cost, count=1000, tokens=64), ROOMY, {"FAKE_STEP_MS": "100"}),
+    "token-cost-interval": Scenario(token_cost, [*ROOMY, "--stream-interval", "4"], {"FAKE_STEP_MS": "20"}),
     "token-flood": Scenario(functools.partial(token_cost, tokens=2000), ROOMY, {"FAKE_STEP_MS": "1"}),
     "slow-readers": Scenario(slow_readers, [*ROOMY, "--stream-stall-timeout", "10"], {"FAKE_STEP_MS": "5"}),
     "slowloris": Scenario(slowloris, ROOMY, {"FAKE_STEP_MS": "5"}),
