@@ -19,6 +19,8 @@ from typing import Self
 from octavo.config.sections import SchedulerConfig
 from octavo.errors import OctavoError, QueueFullError
 
+NO_ROOM = "octavo.no_room"
+"""Key in a scope's ``extensions``: those who came before this request, and have not begun yet, will take all room."""
 BYTES_PER_TOKEN_GUESS = 4
 MAX_RETRY_AFTER_S = 60.0
 HISTORY = 64
@@ -107,11 +109,18 @@ class Admission:
         self.num_refused = 0
         self._ends: deque[tuple[float, int]] = deque(maxlen=HISTORY)
 
-    def enter(self, num_bytes: int) -> Ticket:
+    def is_full(self, num_before: int) -> bool:
+        """Whether a request that stands behind ``num_before`` others will be refused."""
+        limits = self.limits
+        is_crowded = limits is not None and self.num_sequences + num_before >= limits.max_sequences
+        return is_crowded or self.refuse() is not None
+
+    def enter(self, num_bytes: int, *, has_room: bool = True) -> Ticket:
         """Take room for a request of which only the head is known.
 
         Args:
             num_bytes: Its declared length, 0 where none was.
+            has_room: Whether those who stand before it leave any.
 
         Raises:
             QueueFullError: There is no room.
@@ -121,6 +130,12 @@ class Admission:
         if error is not None:
             self.num_refused += 1
             raise error
+        if not has_room:
+            self.num_refused += 1
+            raise QueueFullError(
+                "all places that max_num_seqs and max_num_queued_reqs allow are taken",
+                retry_after_s=self.retry_after_s(1),
+            )
         ticket = Ticket(self, 1, num_bytes // BYTES_PER_TOKEN_GUESS + 1)
         self._take(ticket.num_sequences, ticket.num_tokens)
         self.num_requests += 1

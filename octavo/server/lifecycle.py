@@ -74,6 +74,10 @@ class Lifecycle:
         """Requests that make the engine work."""
         return self._admission.num_requests
 
+    def is_full(self, num_before: int) -> bool:
+        """Whether a request that stands behind ``num_before`` others will be refused."""
+        return self._admission.is_full(num_before)
+
     def refusal(self) -> OctavoError | None:
         """Why no request is let in now; None if they are. A restart is no reason: requests wait for its end."""
         if self.is_draining:

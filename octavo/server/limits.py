@@ -12,7 +12,7 @@ from typing import Any
 
 from octavo.config.guard import GuardConfig
 from octavo.errors import OctavoError
-from octavo.server.admission import Admission
+from octavo.server.admission import NO_ROOM, Admission
 from octavo.server.openai_errors import HTTPRefusal, error_response
 from octavo.server.paths import is_counted, routed_path
 
@@ -97,7 +97,8 @@ class AdmissionLayer:
             await self._app(scope, receive, send)
             return
         try:
-            ticket = self._admission.enter(declared_length(scope) or 0)
+            has_room = NO_ROOM not in (scope.get("extensions") or ())
+            ticket = self._admission.enter(declared_length(scope) or 0, has_room=has_room)
         except OctavoError as error:
             await error_response(error, self._error_format)(scope, receive, send)
             return

@@ -14,7 +14,7 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 16384
 """Connections that wait to be accepted; the system's own limit is lower. A client that finds no place tries again in a
 second at the earliest."""
-ACCEPTS_PER_TURN = 16
+ACCEPTS_PER_TURN = 8
 """uvloop accepts one connection per listener in a turn of the loop, so a burst of them would wait for as many turns: it
 gets this many handles of the one listener."""
 CLOSE_TIMEOUT_S = 5
@@ -158,8 +158,14 @@ class WithoutQuery(logging.Filter):
         return True
 
 
-def web_config(app: Any, config: ServerConfig) -> uvicorn.Config:
-    """uvicorn's settings that ours mean."""
+def web_config(app: Any, config: ServerConfig, is_full: Callable[[int], bool] = lambda _: False) -> uvicorn.Config:
+    """uvicorn's settings that ours mean.
+
+    Args:
+        app: ASGI application.
+        config: Of the server.
+        is_full: Whether there is no room for a request that stands behind so many others.
+    """
     uvicorn_logger = logging.getLogger("uvicorn")
     uvicorn_logger.handlers = list(logging.getLogger(ROOT).handlers)
     uvicorn_logger.propagate = False
@@ -168,7 +174,7 @@ def web_config(app: Any, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="auto",
-        http=make_protocol(limits_of(config, config.error_format)),
+        http=make_protocol(limits_of(config, config.error_format), is_full),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -198,7 +204,7 @@ def run(app: Any, config: ServerConfig, lifecycle: Lifecycle, listener: socket.s
     Returns:
         The exit status. After a failure of the engine its cause is the last line on standard error.
     """
-    server = WebServer(web_config(app, config), lifecycle)
+    server = WebServer(web_config(app, config, lifecycle.is_full), lifecycle)
     logger.info("Uvicorn running on %s (Press CTRL+C to quit)", address_of(listener, config))
     handles = [listener, *(listener.dup() for _ in range(ACCEPTS_PER_TURN - 1))]
     try:

@@ -13,6 +13,7 @@ import logging
 import resource
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from octavo.config.guard import GuardConfig
+from octavo.server.admission import NO_ROOM
 from octavo.server.connection_parts import Flow, Pipeline, Signal
 from octavo.server.connection_writer import ConnectionWriter, extension_of
 from octavo.server.openai_errors import HTTPRefusal, error_response
@@ -91,6 +93,8 @@ class GuardedProtocol(HttpToolsProtocol):
     limits: ConnectionLimits
     log: RareLog
     gate: StartGate
+    is_full: Callable[[int], bool]
+    """Whether there is no room for a request that stands behind so many others."""
 
     # Slots: with these as well, uvicorn's would be too many for a dict that shares its keys, 1.3 kB a connection.
     __slots__ = ("_is_in_head", "_linger", "_num_discarded", "_num_head_bytes", "_refusal", "_timer", "writer")
@@ -226,10 +230,13 @@ class GuardedProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         # What may be long work waits for its turn; a health check does not wait behind it.
         start = super()._start_asgi_task
-        if cycle.scope["method"] == "POST":
-            self.gate.put(self.loop, functools.partial(start, cycle, app))
-        else:
+        if cycle.scope["method"] != "POST":
             start(cycle, app)
+        elif self.is_full(self.gate.num_waiting):
+            cast("Any", cycle.scope)["extensions"][NO_ROOM] = True
+            start(cycle, app)
+        else:
+            self.gate.put(self.loop, functools.partial(start, cycle, app))
 
     @property
     def _is_answering(self) -> bool:
@@ -269,10 +276,17 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def make_protocol(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
-    """A protocol class for ``uvicorn.Config(http=...)``."""
+def make_protocol(
+    limits: ConnectionLimits, is_full: Callable[[int], bool] = lambda _: False
+) -> type[HttpToolsProtocol]:
+    """A protocol class for ``uvicorn.Config(http=...)``.
+
+    Args:
+        limits: Of each connection.
+        is_full: Whether there is no room for a request that stands behind so many others.
+    """
     return type(
         "LimitedProtocol",
         (GuardedProtocol,),
-        {"__slots__": (), "limits": limits, "log": RareLog(), "gate": StartGate()},
+        {"__slots__": (), "limits": limits, "log": RareLog(), "gate": StartGate(), "is_full": staticmethod(is_full)},
     )

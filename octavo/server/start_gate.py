@@ -2,7 +2,7 @@
 
 To begin is the longest piece of work that a request does in one go: its body is parsed and checked, its text rendered
 and tokenized. Were all begun that have come in a burst, everybody else would wait for all of them at once: streams for
-their tokens, health checks for their answer. Knows no HTTP.
+their tokens, health checks for their answer. Whoever will be refused anyway does not wait. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-PER_TURN = 4
+PER_TURN = 2
 """At about a millisecond each: a turn of the loop stays short, and what it costs by itself is little beside them."""
 
 
@@ -27,6 +27,11 @@ class StartGate:
         self._num_left = per_turn
         self._is_armed = False
         self._waiting: deque[Callable[[], None]] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        """How many stand in line."""
+        return len(self._waiting)
 
     def put(self, loop: asyncio.AbstractEventLoop, start: Callable[[], None]) -> None:
         """Call ``start``, now or in one of the next turns.

@@ -115,3 +115,17 @@ def test_nobody_is_let_in_while_there_is_a_reason() -> None:
     with pytest.raises(OctavoError, match="draining"):
         admission.enter(0)
     assert books(admission) == (0, 0, 0)
+
+
+def test_places_that_others_in_line_will_take_are_not_given_away() -> None:
+    admission = make(3, 1000)
+    with admission.enter(0):
+        assert not admission.is_full(1) and admission.is_full(2)
+        with pytest.raises(QueueFullError) as caught:
+            admission.enter(0, has_room=False)
+        assert caught.value.retry_after_s >= 1 and admission.num_refused == 1
+        assert admission.num_requests == admission.num_sequences == 1
+    loading = OctavoError("loading")
+    admission.refuse = lambda: loading
+    assert admission.is_full(0)
+    assert not Admission().is_full(10**6)  # how much there is room for is not known yet

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from octavo.config.guard import GuardConfig
+from octavo.server.admission import NO_ROOM
 from octavo.server.connection_writer import writer_of
 from octavo.server.limits import BodyLimits
 from octavo.server.protocol import ConnectionLimits, make_protocol
@@ -40,7 +41,9 @@ async def echo(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def serving(max_body: int = MAX_BODY, app: Any = echo, **changes: Any) -> Iterator[int]:
+def serving(
+    max_body: int = MAX_BODY, app: Any = echo, is_full: Callable[[int], bool] = lambda _: False, **changes: Any
+) -> Iterator[int]:
     values: dict[str, Any] = {
         "max_connections": 50, "max_header_bytes": 4096, "max_header_count": 20, "header_timeout_s": 0.6,
     }  # fmt: skip
@@ -48,7 +51,7 @@ def serving(max_body: int = MAX_BODY, app: Any = echo, **changes: Any) -> Iterat
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         limited,
-        http=make_protocol(ConnectionLimits(**{**values, **changes})),
+        http=make_protocol(ConnectionLimits(**{**values, **changes}), is_full),
         ws="none",
         lifespan="off",
         log_level="error",
@@ -270,6 +273,22 @@ async def chatter(scope: dict[str, Any], receive: Any, send: Any) -> None:
     SEEN.append(num_bytes)
     writer.release()
     await send({"type": "http.response.body", "body": b""})
+
+
+async def tell_room(scope: dict[str, Any], _receive: Any, send: Any) -> None:
+    """Answers whether the request was marked as one without room."""
+    body = b"no room" if scope["extensions"].get(NO_ROOM) else b"room"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def test_who_will_be_refused_does_not_wait_in_line() -> None:
+    """Marked while the protocol decides, so that who comes when all places are spoken for hears it at once."""
+    with serving(app=tell_room, is_full=lambda num_before: num_before >= 0) as port:
+        assert exchange(port, get("/", method="POST")).endswith(b"no room")
+        assert exchange(port, get("/")).endswith(b"\r\nroom")  # reading costs no place
+    with serving(app=tell_room, is_full=lambda num_before: num_before > 0) as port:
+        assert exchange(port, get("/", method="POST")).endswith(b"\r\nroom")
 
 
 SEEN: list[int] = []
