@@ -151,7 +151,7 @@ class Generation:
     @property
     def num_open(self) -> int:
         """Prompts whose last output was not taken yet."""
-        return self._started.num_open
+        return 0 if self._stream is None else self._stream.num_open
 
     async def next(self) -> list[RequestOutput]:
         """What is new, at most one output per prompt; ``index_of`` tells whose each is. Cancelling loses nothing.
@@ -216,8 +216,11 @@ class Generation:
         logprobs = self.params.logprobs
         return waiting * (BYTES_PER_TOKEN + (0 if logprobs is None else BYTES_PER_LOGPROB * (logprobs + 1)))
 
-    def note(self, outputs: Sequence[RequestOutput]) -> None:
+    def note(self, outputs: Sequence[RequestOutput]) -> bool:
         """Keep account of outputs that are about to be shown.
+
+        Returns:
+            Whether nothing more will come.
 
         Raises:
             QueueTimeoutError: The request has ended because it waited too long.
@@ -231,6 +234,7 @@ class Generation:
             for answer in output.outputs:
                 if answer.finish_reason is not None:
                     self._reasons.append(answer.finish_reason)
+        return self.num_open == 0
 
     def close(self, error: BaseException | None = None) -> None:
         """End what still runs, give back what ``admit`` took, and tell the observers. May be called twice.

@@ -122,8 +122,8 @@ class Streamed(Protocol):
         """Call ``sink`` with further outputs."""
         ...
 
-    def note(self, outputs: Sequence[RequestOutput]) -> None:
-        """Is told by a sink of all that it gets."""
+    def note(self, outputs: Sequence[RequestOutput]) -> bool:
+        """Is told by a sink of all that it gets; whether nothing more will come."""
         ...
 
     def pause(self) -> None:
@@ -258,12 +258,12 @@ class EventStream(Response):
         if self._last.done():
             return
         try:
-            self._generation.note(outputs)
+            is_last = self._generation.note(outputs)
             event = self._events.of(outputs)
         except Exception as error:  # border of the response, as in _write: the client must hear of it
             self.failed(error)
             return
-        if not self._generation.num_open:
+        if is_last:
             self._last.set_result(event)
         elif event:
             self._writer.write(event)

@@ -183,7 +183,8 @@ class Story:
         self.sink = sink
         self.log.append(f"attach {is_paused}")
 
-    def note(self, _outputs: Sequence[RequestOutput]) -> None: ...
+    def note(self, _outputs: Sequence[RequestOutput]) -> bool:
+        return not self.num_open
 
     def pause(self) -> None:
         self.log.append("pause")
