@@ -20,6 +20,7 @@ if not (IS_INTERPRETED or torch.cuda.is_available()):
 from octavo.attention.backend import AttentionSpec  # noqa: E402
 from octavo.attention.triton import TritonBackend  # noqa: E402
 from octavo.batch import StepShape  # noqa: E402
+from octavo.kernels.attention.decode import make_work_list  # noqa: E402
 from octavo.kernels.attention.reference import paged_attention_ref  # noqa: E402
 
 # Triton 3.6's interpreter on NumPy 2.
@@ -149,3 +150,26 @@ def test_a_step_planned_from_bounds() -> None:
 def test_padding_tokens_are_left_alone() -> None:
     _, _, padding = run_step(make_spec(torch.float32), BATCHES["mixed"])
     assert (padding == 7.0).all()
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_work_covers_each_history_once_and_begins_with_the_longest(window: int | None) -> None:
+    lens = [70, 1, 900, 0, 330, 64, 901, 5000, 12]
+    query_lens = [1, 1, 1, 1, 40, 1, 1, 1, 1]  # the fifth is a prompt, the fourth the dummy
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(DEVICE)
+    work = make_work_list(starts, torch.tensor(lens, dtype=torch.int32, device=DEVICE), 2, 4, 32, window)
+    items = work.items[: int(work.num_items)].tolist()
+    for request, length in enumerate(lens):
+        parts = sorted((low, high) for owner, _, low, high, *_ in items if owner == request)
+        if length == 0 or query_lens[request] > 1:
+            assert not parts
+            continue
+        seen = 0 if window is None else max(0, length - window)
+        assert parts[0][0] <= seen and parts[0][0] % 32 == 0 and parts[-1][1] == length
+        assert all(one[1] == other[0] for one, other in zip(parts, parts[1:], strict=False))
+        assert all(item[1] == int(starts[request]) and item[5] == length for item in items if item[0] == request)
+    # Lengths of a class, a fifteenth of the longest part, may come in any order; they are rounded up to tiles of 32.
+    sizes = {request: max(high - low for owner, _, low, high, *_ in items if owner == request) for request, *_ in items}
+    order = [sizes[item[0]] for item in items]
+    step = (max(order) + 31) / 15 + 32
+    assert all(later <= earlier + step for earlier, later in zip(order, order[1:], strict=False))

@@ -30,6 +30,8 @@ ITEM_FIELDS = 8
 """Of a work item: request, query token, first and end key, partial slot (-1 = alone), length, two unused."""
 MIN_PART_TOKENS = 128
 PROGRAMS_PER_SM = 4
+_CLASSES = 16
+"""Of length, in which parts are ordered."""
 
 
 @dataclass(slots=True)
@@ -55,6 +57,7 @@ class WorkList:
 def _work_list(
     query_start_loc, seq_lens, items, num_items, first_slot, num_parts, split, num_reqs, target_items, max_split,
     WINDOW: tl.constexpr, TILE: tl.constexpr, MIN_PART: tl.constexpr, FIELDS: tl.constexpr, B_PAD: tl.constexpr,
+    CLASSES: tl.constexpr,
 ):  # fmt: skip
     index = tl.arange(0, B_PAD)
     is_real = index < num_reqs
@@ -71,8 +74,16 @@ def _work_list(
     parts = tl.maximum(1, (keys + part // 2) // part)
     part_len = ((keys + parts - 1) // parts + TILE - 1) // TILE * TILE
     parts = tl.where(is_decode, (keys + part_len - 1) // tl.maximum(part_len, 1), 0)
-    item_end = tl.cumsum(parts, 0)
-    item = item_end - parts
+    # Long ones first: a program that begins late should be a short one, since the next kernel waits for the last.
+    # Lengths in CLASSES steps are order enough.
+    longest = tl.maximum(tl.max(tl.where(is_decode, part_len, 0), 0), 1)
+    length_class = CLASSES - 1 - (part_len.to(tl.int64) * (CLASSES - 1) // longest).to(tl.int32)
+    item = tl.zeros_like(parts)
+    num_placed = 0
+    for current in range(CLASSES):
+        count = tl.where(length_class == current, parts, 0)
+        item = tl.where(length_class == current, num_placed + tl.cumsum(count, 0) - count, item)
+        num_placed += tl.sum(count, 0)
     slots = tl.where(parts > 1, parts, 0)
     slot = tl.cumsum(slots, 0) - slots
     is_split = (parts > 1).to(tl.int32)
@@ -103,7 +114,8 @@ def make_work_list(
 ) -> WorkList:
     """Cut the histories of all requests with one query into parts of about equal length.
 
-    So many parts that ``PROGRAMS_PER_SM`` programs on each multiprocessor have one, none under ``MIN_PART_TOKENS``.
+    So many parts that ``PROGRAMS_PER_SM`` programs on each multiprocessor have one, none under ``MIN_PART_TOKENS``; the
+    longer ones come first.
     No host synchronisation; one launch.
 
     Args:
@@ -132,7 +144,7 @@ def make_work_list(
     b_pad = max(16, triton.next_power_of_2(num_reqs))
     _work_list[(1,)](
         query_start_loc, seq_lens, work.items, work.num_items, work.first_slot, work.num_parts, work.split,
-        num_reqs, target, max_split, window or 0, tile, MIN_PART_TOKENS, ITEM_FIELDS, b_pad, num_warps=4,
+        num_reqs, target, max_split, window or 0, tile, MIN_PART_TOKENS, ITEM_FIELDS, b_pad, _CLASSES, num_warps=4,
     )  # fmt: skip
     return work
 
