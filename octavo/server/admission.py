@@ -107,7 +107,9 @@ class Admission:
         self.num_sequences = 0
         self.num_queued_tokens = 0
         self.num_refused = 0
-        self._ends: deque[tuple[float, int]] = deque(maxlen=HISTORY)
+        self._ends: deque[tuple[float, int]] = deque()
+        self._num_ended = 0
+        """Sequences in ``_ends``."""
 
     def is_full(self, num_before: int) -> bool:
         """Whether a request that stands behind ``num_before`` others will be refused."""
@@ -165,13 +167,16 @@ class Admission:
         self.num_sequences -= ticket.num_sequences
         self.num_queued_tokens -= ticket.num_tokens
         self._ends.append((self._clock(), ticket.num_sequences))
+        self._num_ended += ticket.num_sequences
+        if len(self._ends) > HISTORY:
+            self._num_ended -= self._ends.popleft()[1]
 
     def retry_after_s(self, num_sequences: int) -> float:
         """Seconds until so many more will probably have found room, by the pace of late; at least one."""
         if len(self._ends) < 2 or self.limits is None:
             return 1.0
         seconds = max(self._clock() - self._ends[0][0], 1e-3)
-        pace = sum(count for _, count in self._ends) / seconds
+        pace = self._num_ended / seconds
         missing = max(1, self.num_sequences + num_sequences - self.limits.max_sequences)
         return float(min(MAX_RETRY_AFTER_S, max(1, math.ceil(missing / pace))))
 

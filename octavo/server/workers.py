@@ -9,6 +9,7 @@ workers count the same deaths. A worker's side is ``worker_main.py``, what they 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import shutil
@@ -29,6 +30,7 @@ from octavo.config.args import EngineArgs
 from octavo.config.server import ServerConfig
 from octavo.engine.blame import Blame, RestartPolicy
 from octavo.engine.client import ZmqClient, end_process
+from octavo.engine.heartbeat import DUMP_SIGNAL
 from octavo.engine.launch import EngineAddresses, LaunchListener, Link, attach, make_addresses, spawn_engine
 from octavo.engine.replay import RETRY_PAUSE_S
 from octavo.errors import EngineDeadError, OctavoError
@@ -312,6 +314,7 @@ def serve(args: EngineArgs, config: ServerConfig, prog: str) -> int:
     Raises:
         ConfigError: The address cannot be had.
     """
+    faulthandler.register(DUMP_SIGNAL, all_threads=True)
     listeners = listen.bind_several(config, config.api_server_count)
     try:
         parent = Parent(args, config, listeners)
