@@ -175,7 +175,8 @@ class Frontend:
         refused = {output.request_id: output for output in received.outputs if output.error_code is not None}
         refusals = self._refusals(refused) if refused else []  # which are forgotten, so that what else came is dropped
         processed = self.outputs.process(received.outputs)
-        self.client.abort(processed.abort_ids)
+        if processed.abort_ids:
+            self.client.abort(processed.abort_ids)
         return processed.request_outputs, refusals
 
     def _refusals(self, refused: dict[str, EngineCoreOutput]) -> list[Refusal]:

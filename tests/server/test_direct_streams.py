@@ -18,6 +18,7 @@ from octavo.server.connection_writer import extension_of
 from octavo.server.deadline import Deadline
 from octavo.server.sse import EventStream, StallGuard
 from tests.server.conftest import Server
+from tests.waiting import wait_until
 
 BODY = {"model": "tiny", "prompt": "The sea", "max_tokens": 12, "ignore_eos": True, "temperature": 0, "stream": True}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "ignore_eos": True,
@@ -91,6 +92,25 @@ def test_a_client_of_http_1_0_gets_plain_bytes_and_the_end(connection: socket.so
     head, _, body = data.partition(b"\r\n\r\n")
     assert b"chunked" not in head and b"connection: close" in head
     assert events_of(body)[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_client_that_reads_late_gets_everything_in_fewer_pieces(server: Server) -> None:
+    """What does not fit into the connection waits at the engine's side, joined, and follows when there is room."""
+    host, port = server.url.removeprefix("http://").split(":")
+    body = {**BODY, "n": 8, "temperature": 1, "max_tokens": 240, "return_token_ids": True}
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(30)
+        connection.connect((host, int(port)))
+        connection.sendall(request_bytes(body))
+        data = connection.recv(1000)
+        engine: Any = server.service.engine
+        wait_until(lambda: engine._frontend.client.call("snapshot").num_running == 0, "the engine's end")
+        _, text, _ = read_chunked(connection, data)
+    choices = [choice for event in events_of(text) for choice in event["choices"]]
+    assert sum(len(choice["token_ids"]) for choice in choices) == 8 * 240
+    assert len(choices) < 8 * 240
+    assert [choice["finish_reason"] for choice in choices].count("length") == 8
 
 
 def said(events: Sequence[dict[str, Any]]) -> dict[str, Any]:

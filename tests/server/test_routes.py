@@ -251,9 +251,12 @@ def test_unix_socket_and_tls(tiny_engine: Any, tmp_path: Path) -> None:
         check=True, capture_output=True,
     )  # fmt: skip
     over_path = httpx.HTTPTransport(uds=str(path))
+    story = {"model": "tiny", "prompt": "The sea", "max_tokens": 20, "ignore_eos": True, "stream": True}
     with serving(tiny_engine, uds=str(path)), httpx.Client(transport=over_path, base_url="http://x") as client:
         assert client.get("/version").status_code == 200
+        assert client.post("/v1/completions", json=story).text.endswith("data: [DONE]\n\n")
     with serving(tiny_engine, host="127.0.0.1", port=0, ssl_keyfile=str(key), ssl_certfile=str(certificate)) as url:
         assert url.startswith("https://")
         with httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=str(certificate))) as client:
             assert client.get("/version").status_code == 200
+            assert client.post("/v1/completions", json=story).text.endswith("data: [DONE]\n\n")
