@@ -23,6 +23,7 @@ from octavo.engine.launch import launch_engine
 from octavo.errors import CheckpointError, ConfigError, EngineDeadError, InvalidRequestError, ModelNotFoundError
 from octavo.messages import EngineCoreOutput, EngineSnapshot, EngineStarting, FinishReason
 from tests.unit.engine.fakes import CONFIG, CRASH, EXIT, READY, REFUSE, UNSOUND, FakeArgs, make_request
+from tests.waiting import WAIT_S, join
 
 BUILD = "tests.unit.engine.fakes:build"
 ROOT = Path(__file__).resolve().parents[3]
@@ -103,7 +104,7 @@ def test_calls_with_and_without_another_thread_in_recv(client: EngineClient) -> 
         assert [client.call("ping") for _ in range(5)] == ["pong"] * 5
     finally:
         stop.set()
-        thread.join()
+        join(thread)
 
 
 def test_outputs_that_arrive_during_a_call_are_kept(client: EngineClient) -> None:
@@ -276,7 +277,7 @@ def test_nothing_is_left_of_an_engine_whose_parent_is_gone(end: str) -> None:
     if end == "killed":
         assert psutil.pid_exists(int(pid))
         parent.kill()
-    parent.wait()
+    parent.wait(WAIT_S)
     with suppress(psutil.NoSuchProcess):
         psutil.Process(int(pid)).wait(10)
     assert not Path(address).parent.exists()

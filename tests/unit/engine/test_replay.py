@@ -24,6 +24,7 @@ from octavo.messages import (
     RequestTimings,
 )
 from tests.unit.engine.fakes import READY, make_request
+from tests.waiting import WAIT_S
 
 
 class ScriptedEngine:
@@ -106,7 +107,9 @@ class World:
         count = len(self.engines)
         self.engines[-1].inbox.put(None)
         found = self.take()
+        latest_s = time.monotonic() + WAIT_S
         while self.may_start and len(self.engines) == count:
+            assert time.monotonic() < latest_s, "no engine was started after the death of one"
             found += self.take()
         return found + self.take()
 
