@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 16384
 """Connections that wait to be accepted; the system's own limit is lower. A client that finds no place tries again in a
 second at the earliest."""
-ACCEPTS_PER_TURN = 8
+ACCEPTS_PER_TURN = 16
 """uvloop accepts one connection per listener in a turn of the loop, so a burst of them would wait for as many turns: it
 gets this many handles of the one listener."""
 CLOSE_TIMEOUT_S = 5
