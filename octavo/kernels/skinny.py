@@ -3,9 +3,10 @@
 One row: 2026-11-22 on an H200, torch 2.11 with CUDA 13.0, Triton 3.6, in CUDA graphs over weights larger than the
 cache; microseconds, cuBLAS / ours: 1024 x 4096 5.2 / 3.2, 2048 x 1024 12.6 / 2.7, 14336 x 4096 32.6 / 29.1.
 
-More rows: ``estimate`` says what a plan should take, from the machine's rates. A library's tile of 128 x 128 or 128 x
-256 leaves most of 132 processors idle where a weight has 1024 to 6144 outputs; there, smaller tiles win. What was
-measured by ``benchmarks/gpu/rows.py --write`` is in ``tables/`` and goes before the rule.
+More rows: ``benchmarks/gpu/rows.py --write`` measures the plans that ``estimate`` finds promising and puts the winners
+into ``tables/``. Where weights are small, up to 32 rows gain by having all weights of a program in shared memory before
+x is there, up to 64 by tiles that give every processor one; beyond, x comes so often from the L2 cache that it is level
+with cuBLAS, and a weight that was not measured is left to it. docs/log.md, 2026-11-23, has figures.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ _L2 = 6.5e6
 _L2_OF_PROCESSOR = 80e3
 _FLOPS_OF_PROCESSOR = 5.2e6
 _FETCH_US = 0.8
-_SPLIT_US = 1.3
-"""A round trip through the counter and the first bytes of the other parts."""
+_PART_US = 0.4
+"""Of each part of a split tile: whoever adds them waits for all."""
 _SHARED_MEMORY = 224 * 1024
 
 
@@ -77,7 +78,7 @@ def estimate(plan: SkinnyPlan, rows: int, outputs: int, columns: int, *, is_gate
         fetched = max(programs * (own + weights) / _L2, rounds * (own + weights) / _L2_OF_PROCESSOR)
         took = _FETCH_US + max(from_memory, fetched, rounds * multiplied / _FLOPS_OF_PROCESSOR)
     if plan.split > 1:
-        took += _SPLIT_US + 4 * plan.block_rows * wide * (plan.split + 1) / _L2_OF_PROCESSOR
+        took += plan.split * (_PART_US + 4 * plan.block_rows * wide / _L2_OF_PROCESSOR)
     return took
 
 
@@ -154,7 +155,8 @@ def choose_plan(rows: int, outputs: int, columns: int, *, is_gated: bool = False
     if rows == 1:
         return None if is_gated else _one_row(outputs, columns)
     plans = measured().get((outputs, columns, is_gated), ())
-    if plans and plans[0][0] // 2 < rows <= plans[-1][0]:
+    # The smallest tile has 16 rows, and takes the same time for fewer.
+    if plans and (plans[0][0] <= 16 or plans[0][0] // 2 < rows) and rows <= plans[-1][0]:
         return next(plan for limit, plan in plans if rows <= limit)
     return _few_rows(rows, outputs, columns) if rows <= 32 and not is_gated else None
 

@@ -94,3 +94,6 @@ def test_a_table_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [uncached(rows, 576, 1024) for rows in (24, 25, 64, 200, 256)] == [few, None, None, many, many]
     assert uncached(12, 576, 1024) not in (None, few), "half the smallest that was measured is another matter"
     assert uncached(24, 576, 1024, is_gated=True) is None
+    table[576, 1024, False] = ((16, few), (24, None))
+    assert [uncached(rows, 576, 1024) for rows in (2, 8, 16, 17)] == [few, few, few, None]
+    assert uncached(1, 576, 1024) is not few and uncached(25, 576, 1024) not in (None, few)
