@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,6 +46,7 @@ class Library:
     module: str
     """Its presence says that the library is installed."""
     function: str
+    """Of the module; with a dot, an operator that the module registers with torch."""
     head_dims: tuple[int, ...] = ()
     """The only ones it has; empty: every multiple of 8 up to 256."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
@@ -81,7 +82,8 @@ class Library:
 FLASH_LIBRARIES = (
     Library("FlashAttention 3", "flash_attn_interface", "flash_attn_varlen_func", is_winner=True,
             least_capability=(9, 0), greatest_capability=(9, 9)),
-    Library("FlashAttention 3 (fa3-fwd)", "fa3_fwd_interface", "flash_attn_varlen_func",
+    # Its Python wrapper is a custom operator, whose first call imports torch's compiler: seconds of a start.
+    Library("FlashAttention 3 (fa3-fwd)", "fa3_fwd._C", "fa3_fwd.fwd",
             head_dims=(64, 96, 128, 192, 256), dtypes=(torch.bfloat16,), has_window=False, is_winner=True,
             least_capability=(9, 0), greatest_capability=(9, 9)),
     Library("FlashAttention 4", "flash_attn.cute", "flash_attn_varlen_func", least_capability=(9, 0)),
@@ -122,8 +124,7 @@ def load_flash(library: Library, spec: AttentionSpec) -> Attend:
     Raises:
         ImportError: It is installed, but broken.
     """
-    function: Callable[..., Any] = getattr(importlib.import_module(library.module), library.function)
-    known = inspect.signature(function).parameters
+    function, known = _find_function(library)
     group = spec.num_heads // spec.num_kv_heads
     is_torch = library.module.startswith("torch.")
     window = (-1 if spec.sliding_window is None else spec.sliding_window - 1, 0)
@@ -131,11 +132,13 @@ def load_flash(library: Library, spec: AttentionSpec) -> Attend:
     if is_torch:
         fixed = {"window_size": window, "enable_gqa": True}
     else:
-        fixed = {"causal": True}
+        fixed = {"is_causal" if "is_causal" in known else "causal": True}
         if spec.sliding_window is not None:
             fixed["window_size"] = window
         if spec.logit_softcap is not None:
             fixed["softcap"] = spec.logit_softcap
+        if "num_splits" in known:
+            fixed["num_splits"] = 1  # prompts are long enough to share the device
     for name in fixed:
         if name not in known and name != "enable_gqa":
             raise ImportError(f"{library.name} does not know {name}: this version of it cannot be used")
@@ -161,6 +164,20 @@ def load_flash(library: Library, spec: AttentionSpec) -> Attend:
         return result[0] if isinstance(result, tuple) else result
 
     return attend
+
+
+def _find_function(library: Library) -> tuple[Callable[..., Any], Collection[str]]:
+    """What to call, and the names of its arguments."""
+    module = importlib.import_module(library.module)
+    namespace, _, operator = library.function.partition(".")
+    if not operator:
+        function: Callable[..., Any] = getattr(module, library.function)
+        return function, inspect.signature(function).parameters
+    try:
+        overload: Any = getattr(getattr(torch.ops, namespace), operator).default
+    except AttributeError:
+        raise ImportError(f"{library.module} registers no operator {library.function}") from None
+    return overload, [argument.name for argument in overload._schema.arguments]
 
 
 def load_xformers(spec: AttentionSpec) -> Attend:

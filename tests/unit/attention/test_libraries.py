@@ -35,8 +35,8 @@ def installed(monkeypatch):
 
 
 def test_the_fastest_library_that_fits_is_chosen(installed):
-    installed |= {"fa3_fwd_interface", "flash_attn.flash_attn_interface", "torch.nn.attention.varlen"}
-    assert find_flash(SPEC)[0].module == "fa3_fwd_interface"
+    installed |= {"fa3_fwd._C", "flash_attn.flash_attn_interface", "torch.nn.attention.varlen"}
+    assert find_flash(SPEC)[0].module == "fa3_fwd._C"
     for changes, because in [
         ({"sliding_window": 9}, "no sliding window"),
         ({"dtype": torch.float16}, "no torch.float16"),
@@ -49,7 +49,7 @@ def test_the_fastest_library_that_fits_is_chosen(installed):
 
 
 def test_nothing_fits_and_every_reason_is_told(installed):
-    installed |= {"fa3_fwd_interface", "torch.nn.attention.varlen"}
+    installed |= {"fa3_fwd._C", "torch.nn.attention.varlen"}
     library, reasons = find_flash(replace(SPEC, sliding_window=9, logit_softcap=1.0))
     assert library is None
     assert all(each.name in reasons for each in FLASH_LIBRARIES)
@@ -58,7 +58,7 @@ def test_nothing_fits_and_every_reason_is_told(installed):
 
 
 def test_other_gpus_get_what_is_made_for_them(installed, monkeypatch):
-    installed |= {"fa3_fwd_interface", "flash_attn.flash_attn_interface"}
+    installed |= {"fa3_fwd._C", "flash_attn.flash_attn_interface"}
     monkeypatch.setattr(libraries, "device_capability", lambda: (8, 9))
     library, reasons = find_flash(SPEC)
     assert library.name == "FlashAttention 2"
@@ -105,6 +105,33 @@ def test_a_flash_attention_gets_window_softcap_and_scale(monkeypatch):
 
 def lengths_of(lengths):
     return lengths.query_lens, lengths.key_lens
+
+
+def test_a_registered_operator_is_called_by_its_schema(monkeypatch):
+    definitions = torch.library.Library("octavo_test_flash", "DEF")
+    definitions.define(
+        "fwd(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+        "int? max_seqlen_q=None, int? max_seqlen_k=None, float? softmax_scale=None, bool is_causal=False, "
+        "float softcap=0.0, int num_splits=0) -> (Tensor, Tensor)"
+    )
+
+    def fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, softcap, splits):
+        assert is_causal
+        assert splits == 1
+        assert (max_seqlen_q, max_seqlen_k) == (5, 11)
+        seen = replace(FLOAT, scale=softmax_scale, logit_softcap=softcap)
+        return from_starts(q, k, v, cu_seqlens_q, cu_seqlens_k, seen), q.new_empty(0)
+
+    definitions.impl("fwd", fwd, "CPU")
+    monkeypatch.setitem(sys.modules, "octavo_test_flash", types.SimpleNamespace())
+    spec = replace(FLOAT, logit_softcap=2.0)
+    library = replace(FLASH_LIBRARIES[1], module="octavo_test_flash", function="octavo_test_flash.fwd")
+    q, k, v, lengths = request(spec)
+    torch.testing.assert_close(
+        load_flash(library, spec)(q, k, v, lengths), reference(q, k, v, *lengths_of(lengths), spec)
+    )
+    with pytest.raises(ImportError, match="registers no operator octavo_test_flash.other"):
+        load_flash(replace(library, function="octavo_test_flash.other"), spec)
 
 
 def test_an_older_varlen_attn_of_torch_has_neither_scale_nor_groups(monkeypatch):
