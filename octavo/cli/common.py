@@ -6,6 +6,7 @@ Texts that a program may read go to stdout; everything about the run goes to std
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import sys
@@ -144,9 +145,12 @@ def start(args: EngineArgs, quiet: bool, make_session: MakeSession | None = None
     if make_session is None:
         module, _, function = ENGINE_SESSION.partition(":")
         make_session = cast("MakeSession", getattr(importlib.import_module(module), function))
+    gc.disable()  # what is made here stays; see engine/core_main.py
     try:
         session = make_session(apply_environment(args, read_environment(os.environ)))
+        gc.freeze()
     finally:
+        gc.enable()
         if is_shown:
             sys.stderr.write(CLEAR_LINE)
     if not quiet:
