@@ -127,18 +127,7 @@ def load_flash(library: Library, spec: AttentionSpec) -> Attend:
     function, known = _find_function(library)
     group = spec.num_heads // spec.num_kv_heads
     is_torch = library.module.startswith("torch.")
-    window = (-1 if spec.sliding_window is None else spec.sliding_window - 1, 0)
-    fixed: dict[str, Any] = {}
-    if is_torch:
-        fixed = {"window_size": window, "enable_gqa": True}
-    else:
-        fixed = {"is_causal" if "is_causal" in known else "causal": True}
-        if spec.sliding_window is not None:
-            fixed["window_size"] = window
-        if spec.logit_softcap is not None:
-            fixed["softcap"] = spec.logit_softcap
-        if "num_splits" in known:
-            fixed["num_splits"] = 1  # prompts are long enough to share the device
+    fixed = _fixed_arguments(spec, known, is_torch=is_torch)
     for name in fixed:
         if name not in known and name != "enable_gqa":
             raise ImportError(f"{library.name} does not know {name}: this version of it cannot be used")
@@ -164,6 +153,21 @@ def load_flash(library: Library, spec: AttentionSpec) -> Attend:
         return result[0] if isinstance(result, tuple) else result
 
     return attend
+
+
+def _fixed_arguments(spec: AttentionSpec, known: Collection[str], *, is_torch: bool) -> dict[str, Any]:
+    """What every call says of a model's layers, by the names that a library has for it."""
+    window = (-1 if spec.sliding_window is None else spec.sliding_window - 1, 0)
+    if is_torch:
+        return {"window_size": window, "enable_gqa": True}
+    fixed: dict[str, Any] = {"is_causal" if "is_causal" in known else "causal": True}
+    if spec.sliding_window is not None:
+        fixed["window_size"] = window
+    if spec.logit_softcap is not None:
+        fixed["softcap"] = spec.logit_softcap
+    if "num_splits" in known:
+        fixed["num_splits"] = 1  # prompts are long enough to share the device
+    return fixed
 
 
 def _find_function(library: Library) -> tuple[Callable[..., Any], Collection[str]]:
