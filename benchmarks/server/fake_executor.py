@@ -46,6 +46,9 @@ class FakeExecutor:
 
     def warm_up(self) -> None: ...
 
+    def prepare(self) -> bool:
+        return False
+
     def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]:
         assert mask is None
         begin_s = time.monotonic()

@@ -31,6 +31,9 @@ class InlineExecutor:
     def warm_up(self) -> None:
         self._worker.warm_up()
 
+    def prepare(self) -> bool:
+        return self._worker.prepare()
+
     def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]:
         return self._worker.forward(plan, mask)
 

@@ -104,6 +104,11 @@ class DecodeGraphs:
             if size <= _FIRST:
                 self._capture(DrawKind.PLAIN, size)
 
+    def record_more(self) -> bool:
+        """Record the largest size that is not, for plain draws; whether there was one."""
+        size = next((each for each in reversed(self._buckets) if (DrawKind.PLAIN, each) not in self._graphs), None)
+        return size is not None and self._try(DrawKind.PLAIN, size)
+
     def run(self, layout: StepLayout, kind: DrawKind) -> DecodeResult | None:
         """Run a step of single tokens; None when no recorded size fits."""
         count = len(layout.rows)
@@ -133,17 +138,23 @@ class DecodeGraphs:
         if (kind, best) in self._graphs:
             return best
         self._uses[kind, best] += 1
-        if self._may_capture and self._uses[kind, best] >= _USES_BEFORE_CAPTURE:
-            try:
-                self._capture(kind, best)
-            except torch.OutOfMemoryError:
-                logger.warning("no memory to record a decode step of %d requests; no further sizes are tried", best)
-                self._may_capture = False
-                self._device.free_unused()
-            else:
-                return best
+        if self._uses[kind, best] >= _USES_BEFORE_CAPTURE and self._try(kind, best):
+            return best
         larger = [size for other, size in self._graphs if other is kind and size >= count]
         return min(larger, default=None)
+
+    def _try(self, kind: DrawKind, size: int) -> bool:
+        """Record a size where that is allowed and there is memory for it."""
+        if not self._may_capture:
+            return False
+        try:
+            self._capture(kind, size)
+        except torch.OutOfMemoryError:
+            logger.warning("no memory to record a decode step of %d requests; no further sizes are tried", size)
+            self._may_capture = False
+            self._device.free_unused()
+            return False
+        return True
 
     def _capture(self, kind: DrawKind, size: int) -> None:
         # While it is recorded and tried, every request is the dummy one: no row changes.

@@ -303,6 +303,13 @@ class ModelRunner:
             self._device.synchronize()
             self._device.free_unused()
 
+    def record_more(self) -> bool:
+        """Record one more step of those that would be recorded at their first use; whether more are left."""
+        prompts, decode = self._recordings.prompts, self._recordings.decode
+        if prompts is not None and prompts.record_more():
+            return True
+        return decode is not None and decode.record_more()
+
     def shrink(self) -> None:
         """Memory was short: take no more for things that only save time."""
         if self._recordings.decode is not None:

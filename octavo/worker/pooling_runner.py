@@ -136,6 +136,10 @@ class PoolingRunner:
         if self._pooling.task == "classify":
             self._model.project(hidden[-1:])
 
+    def record_more(self) -> bool:
+        """Nothing is recorded."""
+        return False
+
     def record_graphs(self) -> None:
         """None: steps of whole texts are long enough to hide their launches."""
 

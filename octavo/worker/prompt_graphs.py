@@ -100,6 +100,11 @@ class PromptGraphs:
             if size in _AT_START or size == self._sizes[-1]:
                 self._record(size)
 
+    def record_more(self) -> bool:
+        """Record the largest size that is not; whether there was one."""
+        size = next((each for each in reversed(self._sizes) if each not in self._steps), None)
+        return size is not None and self._try(size)
+
     def stop_recording(self) -> None:
         """Record no more: memory is short."""
         self._may_record = False
@@ -110,16 +115,8 @@ class PromptGraphs:
         size = next((each for each in self._sizes if each >= shape.num_tokens), None)
         if size is None or shape.num_reqs > min(size, self._max_reqs):
             return None
-        if size not in self._steps:
-            if not self._may_record:
-                return None
-            try:
-                self._record(size)
-            except torch.OutOfMemoryError:
-                logger.warning("no memory to record a step of %d tokens; no further sizes are tried", size)
-                self._may_record = False
-                self._device.free_unused()
-                return None
+        if size not in self._steps and not self._try(size):
+            return None
         self._fill(inputs, size)
         step = self._steps[size]
         assert step.graph is not None
@@ -127,6 +124,19 @@ class PromptGraphs:
         self.num_replays += 1
         assert step.hidden is not None
         return step.hidden[: shape.num_tokens]
+
+    def _try(self, size: int) -> bool:
+        """Record a size where that is allowed and there is memory for it."""
+        if not self._may_record:
+            return False
+        try:
+            self._record(size)
+        except torch.OutOfMemoryError:
+            logger.warning("no memory to record a step of %d tokens; no further sizes are tried", size)
+            self._may_record = False
+            self._device.free_unused()
+            return False
+        return True
 
     def _fill(self, inputs: StepInputs, size: int) -> None:
         batch = inputs.batch

@@ -70,6 +70,7 @@ class StepRunner(Protocol):
     def complete(self, step: Any, mask: bytes | None, /) -> Pending: ...
     def warm_up(self, num_tokens: int, /) -> None: ...
     def record_graphs(self) -> None: ...
+    def record_more(self) -> bool: ...
     def shrink(self) -> None: ...
 
 
@@ -277,6 +278,15 @@ class Worker:
                 seconds = time.monotonic() - begin_s
                 logger.info("Graph capturing finished in %.1f secs, took %.2f GiB", seconds, graphs / 2**30)
             self._log_ledger()
+
+    def prepare(self) -> bool:
+        """See Worker: record one more step. Nothing is queued when this is called."""
+        with torch.inference_mode():
+            before = self._device.memory() if self._device.is_asynchronous else None
+            has_more = self._ready().record_more()
+        if before is not None:
+            self._ledger["graphs"] += max(0, before.free - self._device.memory().free)
+        return has_more
 
     def _warm_up_tokens(self) -> tuple[int, ...]:
         if not self._device.is_asynchronous:

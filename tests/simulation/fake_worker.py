@@ -129,6 +129,10 @@ class FakeWorker:
     def warm_up(self) -> None:
         """Nothing to warm."""
 
+    def prepare(self) -> bool:
+        """Nothing to prepare."""
+        return False
+
     def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]:
         future: Future[ModelRunnerOutput] = Future()
         if mask is not None or plan.defer_sampling or plan.num_draft_tokens or plan.copies:

@@ -121,6 +121,12 @@ class CountingExecutor:
         self.max_queued = 0
         self.is_shut_down = False
         self.free_at_s = 0.0
+        self.num_pieces = 0
+        """Left to prepare."""
+
+    def prepare(self) -> bool:
+        self.num_pieces -= 1
+        return self.num_pieces > 0
 
     def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]:
         if CRASH in plan.rows:

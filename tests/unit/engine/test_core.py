@@ -207,3 +207,24 @@ def test_a_deferred_plan_gets_its_mask_after_the_step_before_it() -> None:
         "forward 1 b'mask 1'", "forward 2 None", "update 1", "sample 2 b'mask 2'",
         "forward 3 None", "update 2", "sample 3 b'mask 3'", "update 3",
     ]  # fmt: skip
+
+
+def test_an_idle_engine_prepares_piece_by_piece_and_answers_between() -> None:
+    # Red when preparations hold up a message, are asked for while there is work, or go on for ever.
+    engine = Engine()
+    engine.executor.num_pieces = 10**9
+    thread = threading.Thread(target=engine.core.run)
+    thread.start()
+    try:
+        while engine.executor.num_pieces > 10**9 - 3:
+            time.sleep(0.001)
+        engine.core.put(make_request("a", 2))
+        while not engine.outputs() or engine.outputs()[-1].finish_reason is None:
+            time.sleep(0.001)
+        engine.executor.num_pieces = 1
+        while engine.executor.num_pieces > 0:
+            time.sleep(0.001)
+    finally:
+        engine.core.stop()
+        thread.join()
+    assert engine.executor.num_pieces == 0

@@ -27,6 +27,10 @@ class Worker:
     def warm_up(self) -> None:
         self.calls.append(("warm_up",))
 
+    def prepare(self) -> bool:
+        self.calls.append(("prepare",))
+        return True
+
     def forward(self, plan: Any, mask: bytes | None) -> Any:
         self.calls.append(("forward", plan, mask))
         return "future"
@@ -41,11 +45,13 @@ def test_verbs_reach_the_worker() -> None:
     assert executor.start() == "report"
     executor.allocate(7)
     executor.warm_up()
+    assert executor.prepare()
     plan: Any = object()
     assert executor.forward(plan, b"mask") == "future"
     executor.sample(3, None)
     executor.shutdown()
-    assert worker.calls == [("load",), ("allocate", 7), ("warm_up",), ("forward", plan, b"mask"), ("sample", 3, None)]
+    first = [("load",), ("allocate", 7), ("warm_up",), ("prepare",)]
+    assert worker.calls == [*first, ("forward", plan, b"mask"), ("sample", 3, None)]
 
 
 def test_known_but_absent_names_say_why() -> None:
