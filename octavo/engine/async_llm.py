@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 LONG_PROMPT_CHARS = 4096
 """A longer prompt is tokenized in a thread, so that it does not hold up the event loop."""
 PUMP_SLICE_S = 1.0
+BEHIND_S = 0.02
+"""How long outputs are left unread at most for an event loop that has not told its readers of those before."""
 
 
 class AsyncLLM:
@@ -294,6 +296,10 @@ class AsyncLLM:
             return await asyncio.to_thread(self._frontend.process, request_id, prompt, params, **options)
         return self._frontend.process(request_id, prompt, params, **options)
 
+    def _all_mailrooms(self) -> list[Mailroom]:
+        with self._lock:
+            return list(self._mailrooms.values())
+
     def _mailroom(self) -> Mailroom:
         """Of the event loop that runs."""
         loop = asyncio.get_running_loop()
@@ -340,6 +346,8 @@ class AsyncLLM:
         """Body of the thread: outputs to streams, until the end."""
         try:
             while not self._is_stopping:
+                for room in self._all_mailrooms():
+                    room.wait_until_told(BEHIND_S)
                 received = self._frontend.client.recv(PUMP_SLICE_S)
                 if received is None:
                     self._frontend.rest()

@@ -169,6 +169,8 @@ class Mailroom:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._lock = threading.Lock()
+        self._taken = threading.Condition(self._lock)
+        self._is_awaited = False
         self._mail: list[Mail] = []
         self._untold: deque[OutputStream[Any]] = deque()
         """Streams that hold what their readers have not been told of."""
@@ -185,6 +187,22 @@ class Mailroom:
         if is_first:
             self.loop.call_soon_threadsafe(self._deliver)
 
+    def wait_until_told(self, timeout_s: float) -> None:
+        """Wait, in another thread, until all readers have been told of what was posted.
+
+        Outputs that are not even looked at meanwhile are taken together afterwards, which costs a token less than
+        joining them one by one.
+
+        Args:
+            timeout_s: At most so long.
+        """
+        if self._mail or self._untold:  # a look without the lock: most often there is nothing to wait for
+            with self._taken:
+                if self._mail or self._untold:
+                    self._is_awaited = True
+                    self._taken.wait(timeout_s)
+                    self._is_awaited = False
+
     def _deliver(self) -> None:
         with self._lock:
             mail, self._mail = self._mail, []
@@ -200,3 +218,7 @@ class Mailroom:
         finally:
             if self._untold:
                 self.loop.call_soon(self._tell)
+            else:
+                with self._taken:  # not before: who waits looks under the lock whether this has happened
+                    if self._is_awaited and not self._mail:
+                        self._taken.notify_all()

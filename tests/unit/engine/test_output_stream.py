@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -126,5 +127,32 @@ def test_a_reader_that_gives_up_waiting_misses_nothing() -> None:
         setting.stream.close()
         setting.stream.close()
         assert setting.closed == [setting.stream]  # "b" is still to be aborted, once
+
+    run(work)
+
+
+def test_who_makes_outputs_can_wait_until_readers_have_been_told() -> None:
+    """Red when the wait ends early, or not before its time is up although everybody was told."""
+
+    async def work(setting: Setting) -> None:
+        setting.stream.attach(setting.reader, is_paused=False)
+        setting.room.wait_until_told(60.0)  # there is nothing to tell
+        setting.post(output(1))
+        waited: list[int] = []
+
+        def wait() -> None:
+            setting.room.wait_until_told(60.0)
+            waited.append(len(setting.reader.calls))
+
+        thread = threading.Thread(target=wait)
+        thread.start()  # before the loop's next turn
+        while thread.is_alive():
+            await asyncio.sleep(0.001)
+        assert waited == [1]
+        setting.post(output(2))
+        setting.room.wait_until_told(0.01)  # in the loop's own thread: nobody can be told meanwhile
+        assert len(setting.reader.calls) == 1
+        await setting.settle()
+        assert len(setting.reader.calls) == 2
 
     run(work)
