@@ -97,7 +97,8 @@ def test_a_client_of_http_1_0_gets_plain_bytes_and_the_end(connection: socket.so
 def test_a_client_that_reads_late_gets_everything_in_fewer_pieces(server: Server) -> None:
     """What does not fit into the connection waits at the engine's side, joined, and follows when there is room."""
     host, port = server.url.removeprefix("http://").split(":")
-    body = {**BODY, "n": 8, "temperature": 1, "max_tokens": 240, "return_token_ids": True}
+    # More than the connection holds, less than may wait behind it.
+    body = {**BODY, "n": 8, "temperature": 1, "max_tokens": 240, "return_token_ids": True, "logprobs": 1}
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(30)
