@@ -44,9 +44,7 @@ class FakeExecutor:
 
     def allocate(self, num_blocks: int) -> None: ...
 
-    def warm_up(self) -> None: ...
-
-    def prepare(self) -> bool:
+    def warm_up(self) -> bool:
         return False
 
     def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]:

@@ -102,7 +102,7 @@ class EngineCore:
         self._snapshot_due_s = 0.0
         self._books_due_s = 0.0
         self._is_settled = True  # nothing was done since the last look at the books
-        self._may_prepare = True  # the executor may have something to do in idle moments
+        self._is_warm = False  # else the executor has something to do in idle moments
         self._on_step: Callable[[], None] = _nothing
         self._calls: dict[str, Callable[..., Any]] = {
             "abort_client": self._abort_client,
@@ -190,7 +190,7 @@ class EngineCore:
 
     def _wait(self, timeout_s: float | None) -> bool:
         """Sleep until a message is there; whether one is. Looks at the books after a moment of rest, and lets the
-        executor prepare, piece by piece, where the wait has no end."""
+        executor warm up further, piece by piece, where the wait has no end."""
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         if not self._is_settled:
             grace_s = max(IDLE_GRACE_S, self._books_due_s - time.monotonic())
@@ -200,10 +200,10 @@ class EngineCore:
                 self._scheduler.check_books()
                 self._books_due_s = time.monotonic() + BOOKS_INTERVAL_S
                 self._is_settled = True
-        while self._may_prepare and deadline_s is None:
+        while not self._is_warm and deadline_s is None:
             if self._peek(IDLE_GRACE_S):
                 return True
-            self._may_prepare = self._executor.prepare()
+            self._is_warm = not self._executor.warm_up()
         return self._peek(None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
 
     def _peek(self, timeout_s: float | None) -> bool:

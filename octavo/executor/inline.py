@@ -28,11 +28,8 @@ class InlineExecutor:
     def allocate(self, num_blocks: int) -> None:
         self._worker.allocate(num_blocks)
 
-    def warm_up(self) -> None:
-        self._worker.warm_up()
-
-    def prepare(self) -> bool:
-        return self._worker.prepare()
+    def warm_up(self) -> bool:
+        return self._worker.warm_up()
 
     def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]:
         return self._worker.forward(plan, mask)

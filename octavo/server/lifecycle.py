@@ -127,8 +127,8 @@ class Lifecycle:
     def _begin_drain(self, number: int) -> None:
         self._num_signals += 1
         name = signal.Signals(number).name
-        if self.failure is not None:
-            return  # it is ending already, and with that status
+        if self.failure is not None or self._num_signals > 2:
+            return  # it is ending already, and with the status that it has
         if self._num_signals > 1:
             logger.warning("%s again: %d open requests are ended", name, self._admission.num_requests)
             self.status = 128 + number if self._admission.num_requests else self.status

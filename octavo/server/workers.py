@@ -42,6 +42,8 @@ from octavo.utils.logging import ROOT, configured_format
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.1
+SIGNAL_GAP_S = 0.3
+"""Of two signals that come close together a busy process sees one: the second must not be lost."""
 END_GRACE_S = 10.0
 """How long workers get to end after the first has failed."""
 MIN_LIFE_S = 5.0
@@ -207,6 +209,8 @@ class Parent:
         self._share_folder = tempfile.mkdtemp(prefix="octavo-http-")
         self._announce = Announce()
         self._num_signals = 0
+        self._newest_signal = signal.SIGTERM.value
+        self._num_passed_on, self._passed_on_s = 0, 0.0
         self.status = 0
         self.line: str | None = None
         """Why it failed, to be said last."""
@@ -219,7 +223,7 @@ class Parent:
 
         def on_signal(number: int, _frame: FrameType | None) -> None:
             self._num_signals += 1
-            self._send_all(number)
+            self._newest_signal = number
 
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         deadline_s: float | None = None
@@ -228,6 +232,7 @@ class Parent:
                 time.sleep(POLL_S)
                 for worker in [each for each in self._workers.values() if each.process.poll() is not None]:
                     self._bury(worker)
+                self._pass_on_signals()
                 if self.status and self._workers and not self._num_signals:
                     if deadline_s is None:
                         deadline_s = time.monotonic() + END_GRACE_S
@@ -243,6 +248,12 @@ class Parent:
         if self._engine.failure is not None and not self._num_signals:
             self.status = EXIT_ENGINE_FAILED
             self.line = first_line(self._engine.failure)
+
+    def _pass_on_signals(self) -> None:
+        if self._num_passed_on < min(self._num_signals, 2) and time.monotonic() > self._passed_on_s + SIGNAL_GAP_S:
+            self._num_passed_on += 1
+            self._passed_on_s = time.monotonic()
+            self._send_all(self._newest_signal)
 
     def _send_all(self, number: int) -> None:
         for worker in self._workers.values():

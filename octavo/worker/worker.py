@@ -94,6 +94,7 @@ class Worker:
         self._device.set_num_threads(config.device.num_threads)
         self._at_start = self._device.memory()
         self._ledger: dict[str, int] = {}
+        self._is_warm = False
         """Bytes by purpose, in the order in which they are taken."""
         self._queue: deque[QueuedStep] = deque()
         self._runner: StepRunner | None = None
@@ -261,8 +262,11 @@ class Worker:
         prompts = PromptGraphs(self._model, inputs.tables, self._backends, self._device, max_tokens=longest, **lengths)
         return Recordings(decode, prompts)
 
-    def warm_up(self) -> None:
-        """Run the model on short dummy steps, so that the first request does not pay for preparations."""
+    def warm_up(self) -> bool:
+        """See Worker: run the model on short dummy steps and record the first sizes; then, one by one, the others."""
+        if self._is_warm:
+            return self._record_more()
+        self._is_warm = True
         limits = self._config.scheduler
         with torch.inference_mode():
             for num_tokens in self._warm_up_tokens():
@@ -278,9 +282,9 @@ class Worker:
                 seconds = time.monotonic() - begin_s
                 logger.info("Graph capturing finished in %.1f secs, took %.2f GiB", seconds, graphs / 2**30)
             self._log_ledger()
+        return self._records_graphs
 
-    def prepare(self) -> bool:
-        """See Worker: record one more step. Nothing is queued when this is called."""
+    def _record_more(self) -> bool:
         with torch.inference_mode():
             before = self._device.memory() if self._device.is_asynchronous else None
             has_more = self._ready().record_more()

@@ -137,6 +137,9 @@ def test_a_second_signal_stops_at_once() -> None:
         lifecycle.on_signal(signal.SIGTERM)
         await until(lambda: bool(server.stopped))
         assert server.stopped == [True] and lifecycle.status == 128 + signal.SIGTERM
+        lifecycle.on_signal(signal.SIGTERM)  # further ones change nothing
+        await asyncio.sleep(0.05)
+        assert server.stopped == [True]
 
     asyncio.run(main())
 

@@ -126,11 +126,8 @@ class FakeWorker:
     def allocate(self, num_blocks: int) -> None:
         self._memory = [[None] * self.kv_spec.block_size for _ in range(num_blocks)]
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> bool:
         """Nothing to warm."""
-
-    def prepare(self) -> bool:
-        """Nothing to prepare."""
         return False
 
     def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]:

@@ -122,11 +122,7 @@ class CountingExecutor:
         self.is_shut_down = False
         self.free_at_s = 0.0
         self.num_pieces = 0
-        """Left to prepare."""
-
-    def prepare(self) -> bool:
-        self.num_pieces -= 1
-        return self.num_pieces > 0
+        """Left to warm up."""
 
     def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]:
         if CRASH in plan.rows:
@@ -153,7 +149,10 @@ class CountingExecutor:
 
     def start(self) -> Any: ...
     def allocate(self, num_blocks: int) -> None: ...
-    def warm_up(self) -> None: ...
+
+    def warm_up(self) -> bool:
+        self.num_pieces -= 1
+        return self.num_pieces > 0
 
     def shutdown(self) -> None:
         self.is_shut_down = True

@@ -24,11 +24,8 @@ class Worker:
     def allocate(self, num_blocks: int) -> None:
         self.calls.append(("allocate", num_blocks))
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> bool:
         self.calls.append(("warm_up",))
-
-    def prepare(self) -> bool:
-        self.calls.append(("prepare",))
         return True
 
     def forward(self, plan: Any, mask: bytes | None) -> Any:
@@ -44,13 +41,12 @@ def test_verbs_reach_the_worker() -> None:
     executor = InlineExecutor(worker)
     assert executor.start() == "report"
     executor.allocate(7)
-    executor.warm_up()
-    assert executor.prepare()
+    assert executor.warm_up()
     plan: Any = object()
     assert executor.forward(plan, b"mask") == "future"
     executor.sample(3, None)
     executor.shutdown()
-    first = [("load",), ("allocate", 7), ("warm_up",), ("prepare",)]
+    first = [("load",), ("allocate", 7), ("warm_up",)]
     assert worker.calls == [*first, ("forward", plan, b"mask"), ("sample", 3, None)]
 
 
