@@ -25,6 +25,7 @@ from octavo.models.interface import CausalLM
 from octavo.worker.block_tables import BlockTables
 from octavo.worker.input_batch import StepLayout
 from octavo.worker.plain_sampling import DrawKind, PlainSampling
+from octavo.worker.recording import Recorder
 from octavo.worker.request_rows import RequestRows
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class DecodeGraphs:
         self._graphs: dict[tuple[DrawKind, int], DecodeGraph] = {}
         self._uses: Counter[tuple[DrawKind, int]] = Counter()
         self._shown: tuple[StepLayout, int] | None = None
-        self._may_capture = True
+        self._recorder = Recorder(device)
 
     def warm_up(self) -> None:
         """Record the first sizes, largest first: the smaller ones then live in its memory."""
@@ -129,7 +130,7 @@ class DecodeGraphs:
 
     def stop_capturing(self) -> None:
         """Record no more: memory is short."""
-        self._may_capture = False
+        self._recorder.stop()
 
     def _size_for(self, kind: DrawKind, count: int) -> int | None:
         if count > self._buckets[-1]:
@@ -144,17 +145,7 @@ class DecodeGraphs:
         return min(larger, default=None)
 
     def _try(self, kind: DrawKind, size: int) -> bool:
-        """Record a size where that is allowed and there is memory for it."""
-        if not self._may_capture:
-            return False
-        try:
-            self._capture(kind, size)
-        except torch.OutOfMemoryError:
-            logger.warning("no memory to record a decode step of %d requests; no further sizes are tried", size)
-            self._may_capture = False
-            self._device.free_unused()
-            return False
-        return True
+        return self._recorder.attempt(lambda: self._capture(kind, size), f"a decode step of {size} requests")
 
     def _capture(self, kind: DrawKind, size: int) -> None:
         # While it is recorded and tried, every request is the dummy one: no row changes.

@@ -21,6 +21,7 @@ from octavo.device.device import Device, Graph
 from octavo.models.interface import CausalLM
 from octavo.worker.block_tables import BlockTables
 from octavo.worker.input_batch import StepInputs
+from octavo.worker.recording import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class PromptGraphs:
         self._tables = [device.zeros((self._max_reqs, table.shape[1]), torch.int32) for table in tables.tables]
         self._nothing = device.zeros((0,), torch.int64)
         self._steps: dict[int, RecordedStep] = {}
-        self._may_record = True
+        self._recorder = Recorder(device)
         self.num_replays = 0
         """Steps that were not launched kernel by kernel."""
 
@@ -107,7 +108,7 @@ class PromptGraphs:
 
     def stop_recording(self) -> None:
         """Record no more: memory is short."""
-        self._may_record = False
+        self._recorder.stop()
 
     def forward(self, inputs: StepInputs) -> Tensor | None:
         """``[T, E]`` hidden states, valid until the next graph runs; None where no recorded size fits."""
@@ -126,17 +127,7 @@ class PromptGraphs:
         return step.hidden[: shape.num_tokens]
 
     def _try(self, size: int) -> bool:
-        """Record a size where that is allowed and there is memory for it."""
-        if not self._may_record:
-            return False
-        try:
-            self._record(size)
-        except torch.OutOfMemoryError:
-            logger.warning("no memory to record a step of %d tokens; no further sizes are tried", size)
-            self._may_record = False
-            self._device.free_unused()
-            return False
-        return True
+        return self._recorder.attempt(lambda: self._record(size), f"a step of {size} tokens")
 
     def _fill(self, inputs: StepInputs, size: int) -> None:
         batch = inputs.batch

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.gpu.launch import has_pdl, launch_options
+from octavo.kernels.gpu.products import multiply
 from octavo.kernels.skinny import SkinnyPlan
 
 _MAX_TILES = 4096
@@ -82,16 +83,6 @@ def _tile(source, first, k, end, stride, ROWS: tl.constexpr, BK: tl.constexpr, T
         else:
             tile = tl.load(at)
     return tile
-
-
-@triton.jit
-def _multiply(acc, xs, w, SWAP: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc += xs w^T``, or transposed: few rows are then the narrow side of the tensor core's tile."""
-    if SWAP:
-        acc = tl.dot(w, tl.trans(xs), acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(xs, tl.trans(w), acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit
@@ -162,23 +153,23 @@ def _gemm(
         if PDL:
             tl.extra.cuda.gdc_wait()
         xs = _tile(x, first_row, low, M, x_stride, BM, BK, TMA, True)
-        acc = _multiply(acc, xs, w, SWAP, PRECISION)
+        acc = multiply(acc, xs, w, SWAP, PRECISION)
         if ACT != PLAIN:
-            up = _multiply(up, xs, w_up, SWAP, PRECISION)
+            up = multiply(up, xs, w_up, SWAP, PRECISION)
         if STEPS == 2:
             xs_2 = _tile(x, first_row, low + BK, M, x_stride, BM, BK, TMA, True)
-            acc = _multiply(acc, xs_2, w_2, SWAP, PRECISION)
+            acc = multiply(acc, xs_2, w_2, SWAP, PRECISION)
             if ACT != PLAIN:
-                up = _multiply(up, xs_2, w_up_2, SWAP, PRECISION)
+                up = multiply(up, xs_2, w_up_2, SWAP, PRECISION)
     else:
         if PDL:
             tl.extra.cuda.gdc_wait()
         for k in tl.range(low, tl.minimum(low + span, K), BK, num_stages=STAGES):
             xs = _tile(x, first_row, k, M, x_stride, BM, BK, TMA, True)
-            acc = _multiply(acc, xs, _tile(weight, first_output, k, N, K, BN, BK, TMA, False), SWAP, PRECISION)
+            acc = multiply(acc, xs, _tile(weight, first_output, k, N, K, BN, BK, TMA, False), SWAP, PRECISION)
             if ACT != PLAIN:
                 w_up = _tile(weight, N + first_output, k, N, K, BN, BK, TMA, False)
-                up = _multiply(up, xs, w_up, SWAP, PRECISION)
+                up = multiply(up, xs, w_up, SWAP, PRECISION)
     if SWAP:
         acc = tl.trans(acc)
         up = tl.trans(up)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.gpu.launch import has_pdl, launch_options
+from octavo.kernels.gpu.products import multiply
 from octavo.kernels.moe.align import Tiles
 from octavo.kernels.moe.plans import PairSizes, TileSizes
 
@@ -55,16 +56,6 @@ def _load_weight(at, columns, k, SIZE, EVEN: tl.constexpr):
     return w
 
 
-@triton.jit
-def _multiply(acc, x, w, SWAP: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc += x w^T``, or transposed: few rows are then the narrow side of the tensor core's tile."""
-    if SWAP:
-        acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-    return acc
-
-
 @triton.jit(do_not_specialize=["num_pairs", "limit"])
 def _gate_up_tiles(
     x, weight, bias, out, pairs, owners, num_pairs, limit, x_stride, alpha, limit_value,
@@ -100,8 +91,8 @@ def _gate_up_tiles(
                 xs = tl.load(x_at + k, mask=is_real[:, None], other=0.0)
             else:
                 xs = tl.load(x_at + k, mask=is_real[:, None] & (k + columns < E)[None, :], other=0.0)
-            gate = _multiply(gate, xs, _load_weight(gate_at, columns, k, E, even_k), SWAP, PRECISION)
-            up = _multiply(up, xs, _load_weight(up_at, columns, k, E, even_k), SWAP, PRECISION)
+            gate = multiply(gate, xs, _load_weight(gate_at, columns, k, E, even_k), SWAP, PRECISION)
+            up = multiply(up, xs, _load_weight(up_at, columns, k, E, even_k), SWAP, PRECISION)
         if SWAP:
             gate = tl.trans(gate)
             up = tl.trans(up)
@@ -146,7 +137,7 @@ def _down_tiles(
                 hs = tl.load(h_at + k, mask=is_real[:, None], other=0.0)
             else:
                 hs = tl.load(h_at + k, mask=is_real[:, None] & (k + columns < F)[None, :], other=0.0)
-            acc = _multiply(acc, hs, _load_weight(w_at, columns, k, F, even_k), SWAP, PRECISION)
+            acc = multiply(acc, hs, _load_weight(w_at, columns, k, F, even_k), SWAP, PRECISION)
         if SWAP:
             acc = tl.trans(acc)
         if HAS_BIAS:
