@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/moe.py                                   # the shipped plans, batch 1 to 8192
     python benchmarks/gpu/moe.py --shape 32,4,2880,2880 --tokens 1,64,256
-    python benchmarks/gpu/moe.py --tune --write --seconds 30       # measure sizes, a time for each number of tokens
+    python benchmarks/gpu/moe.py --tune --write --seconds 8        # measure sizes, a time for each number of tokens
     python benchmarks/gpu/moe.py --output results.jsonl
 
 One layer of the given shape (default: Qwen3-30B-A3B) in bfloat16 with random weights and a random choice of experts, in
@@ -16,14 +16,18 @@ copy bandwidth and operations over its measured matrix rate, over the time. Rout
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +84,16 @@ class Layer:
         return 2 * self.experts.numel() * 3 * self.shape.hidden_size * self.shape.inner_size
 
 
-def make_weights(shape: MoeShape) -> list[ExpertTensors]:
-    """Enough copies that one token's experts in all of them exceed the cache, as far as memory allows."""
-    count, top_k, size, inner = shape
-    expert_bytes = 2 * 3 * size * inner
+def enough_copies(shape: MoeShape) -> int:
+    """Of the weights, so that one token's experts in all of them exceed the cache, as far as memory allows."""
+    expert_bytes = 2 * 3 * shape.hidden_size * shape.inner_size
     free = torch.cuda.mem_get_info()[0] // 2
-    copies = max(1, min(-(-_CACHE_BYTES // (top_k * expert_bytes)), free // (count * expert_bytes)))
+    return max(1, min(-(-_CACHE_BYTES // (shape.top_k * expert_bytes)), free // (shape.num_experts * expert_bytes)))
+
+
+def make_weights(shape: MoeShape, copies: int) -> list[ExpertTensors]:
+    """Random weights of the layer, ``copies`` times."""
+    count, _, size, inner = shape
 
     def normal(*dims: int, scale: float) -> Tensor:
         return torch.empty(dims, dtype=torch.bfloat16, device="cuda").normal_(0.0, scale)
@@ -182,6 +190,23 @@ def _tiles(rows: int) -> Iterator[MoePlan]:
         yield MoePlan(gate_up=sizes, down=sizes)
 
 
+def compile_ahead(shape: MoeShape, tokens: list[int], workers: int) -> None:
+    """Fill Triton's cache on disk with the kernels of all candidates: compiling takes most of tuning's time, and one
+    process does one at a time. What does not compile fails again, and is told of, when it is timed."""
+    plans = list(dict.fromkeys(plan for number in tokens for plan in candidates(shape, number)))
+    parts = [(shape, plans[each::workers]) for each in range(workers)]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        list(pool.map(_compile, parts))
+
+
+def _compile(part: tuple[MoeShape, list[MoePlan]]) -> None:
+    shape, plans = part
+    layer = make_layer(shape, make_weights(shape, 1), 2)
+    for plan in plans:
+        with contextlib.suppress(Exception):
+            experts_by_plan(layer.x, layer.copies[0], layer.weights, layer.experts, Activation(), plan)
+
+
 def tune(layer: Layer, seconds: float) -> tuple[MoePlan, float]:
     """The best plan within the time: the best sizes for both products alike, then others for the second."""
     best, best_us = GROUPED_MM, float("inf")
@@ -217,6 +242,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="look for the best sizes")
     parser.add_argument("--seconds", type=float, default=60.0, help="with --tune: time for each number of tokens")
     parser.add_argument("--write", action="store_true", help="with --tune: write the table of this device")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 4) - 2), help="with --tune: compilers")
     parser.add_argument("--output", help="append rows as JSON lines")
     options = parser.parse_args()
     if options.write and not options.tune:
@@ -226,10 +252,13 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     rows: list[dict[str, Any]] = []
     tables = dict(measured(device))
+    numbers = [int(number) for number in options.tokens.split(",")]
     for shape in shapes:
-        copies = make_weights(shape)
+        if options.tune:
+            compile_ahead(shape, numbers, options.workers)
+        copies = make_weights(shape, enough_copies(shape))
         chosen: dict[int, MoePlan] = {}
-        for tokens in map(int, options.tokens.split(",")):
+        for tokens in numbers:
             layer = make_layer(shape, copies, tokens)
             if options.tune:
                 chosen[tokens], microseconds = tune(layer, options.seconds)
