@@ -38,6 +38,11 @@ class AttentionMetadata:
     """[B, max_blocks] int32 block ids of each request. Entries beyond its length, or before its window, are left over
     from what was there before: they may name blocks of others, or of itself at another place."""
 
+    @property
+    def takes_projection(self) -> bool:
+        """Whether ``attend_projection`` of the backend does this step, and not ``write`` and ``attend``."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:

@@ -79,7 +79,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, plan: SkinnyPlan | None, is_
     if plan is None:
         return F.linear(x, weight)
     if is_gated:
-        return gated_linear(x, weight, None, plan, is_gelu=False)
+        return gated_linear(x, weight, None, plan, act="silu")
     return linear(x, weight, None, plan)
 
 

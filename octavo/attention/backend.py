@@ -38,6 +38,18 @@ class AttentionSpec:
     each side then."""
 
 
+@dataclass(frozen=True, slots=True)
+class HeadPreparation:
+    """What lies between the projection of queries, keys and values and attention: ``kernels.rope``."""
+
+    norms: tuple[Tensor, Tensor, float] | None
+    """Weights ``[D]`` of the RMSNorms of query and key heads, and epsilon."""
+    table: Tensor
+    """[max_positions, R / 2] complex64 rotations."""
+    positions: Tensor
+    """[T] int64."""
+
+
 class AttentionBackend(Protocol):
     """One instance per KV group, made with its AttentionSpec and device type."""
 
@@ -87,6 +99,27 @@ class AttentionBackend(Protocol):
             out: ``[T, H, D]``; written.
             sinks: ``[H]`` float32 where ``spec.has_sinks``: the layer's. Backends whose ``unsupported`` refuses such
                 layers need not have the argument.
+        """
+        ...
+
+
+class ProjectionBackend(AttentionBackend, Protocol):
+    """A backend some of whose steps go from the projection on in one launch; ``plan`` says which: the metadata's
+    ``takes_projection``. ``write`` and ``attend`` work with that metadata too."""
+
+    def attend_projection(
+        self, qkv: Tensor, heads: HeadPreparation, cache: Tensor, meta: AttentionMetadata, out: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Prepare heads, write keys and values, attend.
+
+        Args:
+            qkv: ``[T, (H + 2G) * D]``, as the projection left it; may be overwritten.
+            heads: How queries and keys are prepared.
+            cache: ``kv_shape()``, and ``kv_views`` are not None.
+            meta: What ``plan()`` returned.
+            out: ``[T, H, D]``; written.
+            sinks: As in ``attend``.
         """
         ...
 

@@ -64,11 +64,11 @@ class LibraryPrefillBackend(TritonBackend):
         if step.is_bound:
             # A library wants lengths from the host, so a recorded step takes the kernels that read them on the device.
             planned = super().plan(step, query_start_loc, seq_lens, block_table, slot_mapping)
-            return LibraryMetadata(slot_mapping, block_table, planned.work, planned.tiles, [])
+            return LibraryMetadata(slot_mapping, block_table, planned.work, planned.tiles, None, [])
         decodes_only = replace(step, max_query_len=1) if step.max_query_len > 1 else step
         planned = super().plan(decodes_only, query_start_loc, seq_lens, block_table, slot_mapping)
         runs = list(self._runs(step, slot_mapping.device)) if step.max_query_len > 1 else []
-        return LibraryMetadata(slot_mapping, block_table, planned.work, None, runs)
+        return LibraryMetadata(slot_mapping, block_table, planned.work, None, planned.few, runs)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMetadata, out: Tensor,

@@ -14,9 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from octavo.attention.backend import AttentionSpec
+from octavo.attention.backend import AttentionSpec, HeadPreparation
 from octavo.batch import AttentionMetadata, StepShape
 from octavo.kernels.attention.decode import WorkList, decode_attention, decode_tile, make_work_list
+from octavo.kernels.attention.decode_few import MAX_REQUESTS, decode_few
 from octavo.kernels.attention.kv_write import kv_write
 from octavo.kernels.attention.prefill import PrefillShape, make_tile_list, prefill_attention
 
@@ -30,9 +31,25 @@ class TritonMetadata(AttentionMetadata):
     """What all layers of a step share."""
 
     work: WorkList | None
-    """Of the requests with one query; None when there are none."""
+    """Of the requests with one query; None when there are none, and for ``few`` until a layer asks for it."""
     tiles: Tensor | None
     """Of the other requests; None when there are none."""
+    few: FewDecodes | None
+
+    @property
+    def takes_projection(self) -> bool:
+        """See AttentionMetadata."""
+        return self.few is not None
+
+
+@dataclass(frozen=True, slots=True)
+class FewDecodes:
+    """A step of few requests, each with one query."""
+
+    query_start_loc: Tensor
+    """[B + 1] int32."""
+    seq_lens: Tensor
+    """[B] int32."""
 
 
 class TritonBackend:
@@ -69,20 +86,24 @@ class TritonBackend:
         self, step: StepShape, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, slot_mapping: Tensor
     ) -> TritonMetadata:
         """See AttentionBackend. Allocates and launches only: capturable for decodes, and for bounds of any step."""
-        spec, device = self._spec, slot_mapping.device
-        work = tiles = None
-        if step.is_bound or 1 in step.query_lens:
-            tile = decode_tile(spec.block_size, step.num_reqs, spec.head_dim)
-            work = make_work_list(
-                query_start_loc, seq_lens, spec.num_kv_heads, _count_sms(device), tile, spec.sliding_window
-            )
+        work = tiles = few = None
+        if not step.is_bound and step.max_query_len == 1 and step.num_reqs == step.num_tokens <= MAX_REQUESTS:
+            few = FewDecodes(query_start_loc, seq_lens)
+        elif step.is_bound or 1 in step.query_lens:
+            work = self._cut(query_start_loc, seq_lens)
         if step.max_query_len > 1:
             if step.is_bound:
                 num_tiles = self._prefill.most_tiles(step.num_tokens, step.num_reqs)
             else:
                 num_tiles = self._prefill.num_tiles(step.query_lens)
             tiles = make_tile_list(query_start_loc, seq_lens, self._prefill, num_tiles, is_bound=step.is_bound)
-        return TritonMetadata(slot_mapping, block_table, work, tiles)
+        return TritonMetadata(slot_mapping, block_table, work, tiles, few)
+
+    def _cut(self, query_start_loc: Tensor, seq_lens: Tensor) -> WorkList:
+        spec = self._spec
+        tile = decode_tile(spec.block_size, len(seq_lens), spec.head_dim)
+        num_sms = _count_sms(seq_lens.device)
+        return make_work_list(query_start_loc, seq_lens, spec.num_kv_heads, num_sms, tile, spec.sliding_window)
 
     def kv_views(self, cache: Tensor) -> tuple[Tensor, Tensor]:
         """See AttentionBackend."""
@@ -100,6 +121,8 @@ class TritonBackend:
         del k, v  # read from the cache
         assert isinstance(meta, TritonMetadata)
         spec = self._spec
+        if meta.work is None and meta.few is not None:
+            meta.work = self._cut(meta.few.query_start_loc, meta.few.seq_lens)
         if meta.work is not None:
             decode_attention(
                 q, cache, meta.block_table, meta.work, out,
@@ -110,6 +133,19 @@ class TritonBackend:
                 q, cache, meta.block_table, meta.tiles, self._prefill, out,
                 scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap, sinks=sinks,
             )  # fmt: skip
+
+    def attend_projection(
+        self, qkv: Tensor, heads: HeadPreparation, cache: Tensor, meta: AttentionMetadata, out: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """See ProjectionBackend."""
+        assert isinstance(meta, TritonMetadata) and meta.few is not None
+        spec = self._spec
+        decode_few(
+            qkv, cache, meta.block_table, meta.few.seq_lens, out, norms=heads.norms,
+            table=torch.view_as_real(heads.table), positions=heads.positions, slot_mapping=meta.slot_mapping,
+            scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap, sinks=sinks,
+        )  # fmt: skip
 
 
 def _count_sms(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from octavo.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.gpu import gpu_kernels
-from octavo.kernels.skinny import MAX_ROWS, SkinnyPlan, choose_plan
+from octavo.kernels.skinny import MAX_ROWS, OneRowPlan, SkinnyPlan, choose_plan, one_row_plan
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -22,14 +22,17 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``linear_ref``; on a GPU by our own kernels where these are known to be faster than cuBLAS."""
+    if len(x) == 1:
+        plan = _one_row_plan(x, weight, is_gated=False, is_normed=False)
+        return F.linear(x, weight, bias) if plan is None else gpu_kernels("one_row").one_row(x, weight, bias, plan)
     plan = _plan(x, weight, is_gated=False)
     return F.linear(x, weight, bias) if plan is None else gpu_kernels("linear").linear(x, weight, bias, plan)
 
 
 Activation = Callable[[Tensor], Tensor]
 """``[T, 2F] -> [T, F]``: ``act(first half) * second half``; the argument may be overwritten."""
-_FUSED: dict[Activation, bool] = {silu_and_mul: False, gelu_tanh_and_mul: True}
-"""Activations that the product's own kernel knows, and whether it is GELU."""
+_FUSED: dict[Activation, str] = {silu_and_mul: "silu", gelu_tanh_and_mul: "gelu_tanh"}
+"""Activations that the kernels of products know, and what they call them."""
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
@@ -44,10 +47,51 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Act
     Returns:
         ``[T, F]``, rounded as the product and the activation one after the other are.
     """
-    plan = _plan(x, weight, is_gated=True) if activation in _FUSED else None
+    if activation in _FUSED and len(x) == 1:
+        plan = _one_row_plan(x, weight, is_gated=True, is_normed=False)
+        if plan is not None:
+            return gpu_kernels("one_row").one_row(x, weight, bias, plan, act=_FUSED[activation])
+    elif activation in _FUSED:
+        plan = _plan(x, weight, is_gated=True)
+        if plan is not None:
+            return gpu_kernels("linear").gated_linear(x, weight, bias, plan, act=_FUSED[activation])
+    return activation(linear(x, weight, bias))
+
+
+def normed_linear(
+    residual: Tensor, delta: Tensor | None, norm: tuple[Tensor, float], weight: Tensor, bias: Tensor | None,
+    activation: Activation | None = None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """``linear``, or ``gated_linear`` with ``activation``, of the RMSNorm of ``residual + delta``, in one launch.
+
+    Args:
+        residual: ``[T, K]``; may be overwritten.
+        delta: ``[T, K]``; None for nothing.
+        norm: Weight ``[K]`` and epsilon.
+        weight: ``[N, K]``.
+        bias: ``[N]``.
+        activation: Of ``kernels/activation.py``.
+
+    Returns:
+        The result and ``residual + delta``, rounded as separate launches do; None where these are faster: nothing has
+        been done then.
+    """
+    if len(residual) != 1 or (activation is not None and activation not in _FUSED):
+        return None
+    plan = _one_row_plan(residual, weight, is_gated=activation is not None, is_normed=True)
     if plan is None:
-        return activation(linear(x, weight, bias))
-    return gpu_kernels("linear").gated_linear(x, weight, bias, plan, is_gelu=_FUSED[activation])
+        return None
+    act = None if activation is None else _FUSED[activation]
+    return gpu_kernels("one_row").normed_row(residual, delta, norm, weight, bias, plan, act=act)
+
+
+def _one_row_plan(x: Tensor, weight: Tensor, *, is_gated: bool, is_normed: bool) -> OneRowPlan | None:
+    if not (x.is_cuda and x.dim() == 2 and x.element_size() == 2 and _is_measured(x.device)):
+        return None
+    if not weight.is_contiguous() or x.stride(1) != 1:
+        return None
+    outputs, columns = weight.shape
+    return one_row_plan(outputs // 2 if is_gated else outputs, columns, is_gated=is_gated, is_normed=is_normed)
 
 
 def _plan(x: Tensor, weight: Tensor, *, is_gated: bool) -> SkinnyPlan | None:

@@ -1,7 +1,6 @@
 """Which kernel multiplies up to 256 rows with a weight of a given shape: measured plans, else a rule.
 
-One row: 2026-11-22 on an H200, torch 2.11 with CUDA 13.0, Triton 3.6, in CUDA graphs over weights larger than the
-cache; microseconds, cuBLAS / ours: 1024 x 4096 5.2 / 3.2, 2048 x 1024 12.6 / 2.7, 14336 x 4096 32.6 / 29.1.
+One row: ``benchmarks/gpu/single_row.py`` tries sizes in a layer of batch 1, in a CUDA graph over all layers of a model.
 
 More rows: ``benchmarks/gpu/rows.py --write`` measures the plans that ``estimate`` finds promising and puts the winners
 into ``tables/``. Where weights are small, up to 32 rows gain by having all weights of a program in shared memory before
@@ -24,7 +23,7 @@ class SkinnyPlan(NamedTuple):
     """Sizes of one product."""
 
     block_rows: int
-    """1: multiply and add in registers; else rows of a tensor core tile."""
+    """Of a tensor core tile."""
     block_outputs: int
     """Of the result; a gated product's tile holds as many gates and as many ups."""
     block_columns: int
@@ -39,6 +38,17 @@ class SkinnyPlan(NamedTuple):
     """Tiles are fetched by bulk copies: any number of outputs, and 8 columns or a multiple of them."""
     prefetches: bool = False
     """Weights are asked into the L2 cache while the kernel before still runs."""
+
+
+class OneRowPlan(NamedTuple):
+    """Sizes of the product of one row."""
+
+    block_outputs: int
+    """Of the result; a gated product's program holds as many gates and as many ups."""
+    block_columns: int
+    held: int
+    """Blocks of weights that a program has in registers before the row is there."""
+    num_warps: int
 
 
 _PROCESSORS = 132
@@ -142,7 +152,7 @@ def choose_plan(rows: int, outputs: int, columns: int, *, is_gated: bool = False
     """How to multiply ``[rows, columns]`` with ``[outputs, columns]``, or with twice as many for gate and up.
 
     Args:
-        rows: Of x.
+        rows: Of x; one row goes by ``one_row_plan``.
         outputs: Of the result.
         columns: Of x and of the weight.
         is_gated: The weight is ``[2 * outputs, columns]``, and what is wanted is ``act(gate) * up``.
@@ -150,10 +160,8 @@ def choose_plan(rows: int, outputs: int, columns: int, *, is_gated: bool = False
     Returns:
         None: leave it to cuBLAS, and the activation to a launch of its own.
     """
-    if not 1 <= rows <= MAX_ROWS or 2 * outputs * columns >= 2**31:
+    if not 2 <= rows <= MAX_ROWS or 2 * outputs * columns >= 2**31:
         return None
-    if rows == 1:
-        return None if is_gated else _one_row(outputs, columns)
     plans = measured().get((outputs, columns, is_gated), ())
     # The smallest tile has 16 rows, and takes the same time for fewer.
     if plans and (plans[0][0] <= 16 or plans[0][0] // 2 < rows) and rows <= plans[-1][0]:
@@ -179,15 +187,43 @@ def _few_rows(rows: int, outputs: int, columns: int) -> SkinnyPlan | None:
     return SkinnyPlan(block_rows, 64, 128, max(split, 1), 4, 5)
 
 
-def _one_row(outputs: int, columns: int) -> SkinnyPlan | None:
-    block_columns = 1024
-    while block_columns > columns or columns % block_columns:
-        block_columns //= 2
-    is_large = outputs * columns > 20_000_000
-    block_outputs = (16 if is_large else 4) * (1024 // block_columns if block_columns else 1)
-    if block_columns < 128 or outputs % block_outputs:
+@functools.cache
+def one_row_plan(
+    outputs: int, columns: int, *, is_gated: bool = False, is_normed: bool = False
+) -> OneRowPlan | None:  # fmt: skip
+    """How to multiply one row, as measured on 2026-11-23.
+
+    Args:
+        outputs: Of the result.
+        columns: Of x and of the weight.
+        is_gated: As in ``choose_plan``.
+        is_normed: The row is normalised in each program, which pays where a program has few columns for each thread.
+
+    Returns:
+        None: leave it to cuBLAS.
+    """
+    size = outputs * columns * (2 if is_gated else 1)
+    if outputs < 1 or size >= 2**31:
         return None
-    return SkinnyPlan(1, block_outputs, block_columns, 1, 8 if is_large else 4, 1)
+    if size <= 20_000_000:
+        plan = OneRowPlan(4, 1024, 3, 4)
+        if is_gated or is_normed:
+            plan = OneRowPlan(8, 256, 3, 4) if is_gated else OneRowPlan(16, 256, 2, 8)
+    elif is_gated:
+        plan = OneRowPlan(4, 512, 2, 4)
+    elif is_normed:
+        plan = OneRowPlan(4, 1024, 2, 4)
+    else:
+        plan = OneRowPlan(16, 1024, 1, 8) if outputs >= 65536 else OneRowPlan(8, 1024, 2, 4)
+    block_outputs, block_columns = plan.block_outputs, plan.block_columns
+    while columns % block_columns:
+        # As many numbers a program.
+        block_outputs, block_columns = 2 * block_outputs, block_columns // 2
+    while outputs % block_outputs:
+        block_outputs //= 2
+    if block_columns < 128 or block_outputs < 2:
+        return None
+    return plan._replace(block_outputs=block_outputs, block_columns=block_columns)
 
 
 TABLE = "tables/skinny_h200.json"

@@ -6,10 +6,12 @@ the cache has been sized. Where the tokens of a step lie in the cache is in the 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from octavo.attention.backend import AttentionBackend
+from octavo.attention.backend import AttentionBackend, HeadPreparation, ProjectionBackend
 from octavo.batch import ForwardBatch
 from octavo.kernels.rope import norm_rotate_write
 from octavo.layers.context import LayerContext
@@ -79,10 +81,16 @@ class Attention(Layer):
         assert self._backend is not None and self._cache is not None, "bind() comes before the first step"
         spec, meta = self.spec, batch.metadata[self._group_index]
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
+        weights = None if norms is None else (norms[0].scale, norms[1].scale, norms[0].eps)
+        if meta.takes_projection:
+            backend = cast(ProjectionBackend, self._backend)
+            out = qkv.new_empty(len(qkv), heads, spec.head_dim)
+            prepare = HeadPreparation(weights, rotations.table, rotations.positions)
+            backend.attend_projection(qkv, prepare, self._cache, meta, out, self._sinks)
+            return out.flatten(1)
         by_head = qkv.view(-1, heads + 2 * kv_heads, spec.head_dim)
         q, k, v = by_head.split((heads, kv_heads, kv_heads), dim=1)
         if self._views is not None:
-            weights = None if norms is None else (norms[0].scale, norms[1].scale, norms[0].eps)
             norm_rotate_write(
                 qkv, heads, kv_heads, weights, rotations.table, rotations.positions, *self._views, meta.slot_mapping
             )

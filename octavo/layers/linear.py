@@ -13,6 +13,7 @@ from torch import Tensor
 from octavo.kernels.linear import Activation, gated_linear
 from octavo.layers.context import LayerContext
 from octavo.layers.parameter import Layer, Parameter
+from octavo.layers.stream import Normed, as_tensor
 from octavo.quantization.method import LinearShape
 
 
@@ -54,16 +55,25 @@ class Linear(Layer):
         """Weight ``[out, in]`` and bias ``[out]``, as they are; None for a weight in another form, or for no bias."""
         return self._weights.get("weight") if self._method.name == "none" else None, self._bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Normed) -> Tensor:
         """``[T, in] -> [T, out]``."""
-        return self._method.apply(self.shape, self._weights, x, self._bias)
+        weight, bias = self.plain
+        if isinstance(x, Normed) and weight is not None:
+            result = x.product(weight, bias)
+            if result is not None:
+                return result
+        return self._method.apply(self.shape, self._weights, as_tensor(x), self._bias)
 
-    def forward_gated(self, x: Tensor, activation: Activation) -> Tensor:
+    def forward_gated(self, x: Tensor | Normed, activation: Activation) -> Tensor:
         """``activation(forward(x))``, ``[T, in] -> [T, out / 2]``, for a layer of a gate and an up of the same size."""
         weight, bias = self.plain
         if weight is None:
             return activation(self.forward(x))
-        return gated_linear(x, weight, bias, activation)
+        if isinstance(x, Normed):
+            result = x.product(weight, bias, activation)
+            if result is not None:
+                return result
+        return gated_linear(as_tensor(x), weight, bias, activation)
 
     def _allocate(self) -> Tensor:
         self._loading = self._method.create_weights(self.shape)

@@ -21,6 +21,7 @@ from octavo.kernels.moe.routing import Routing, Scoring, route
 from octavo.layers.context import LayerContext
 from octavo.layers.linear import Linear
 from octavo.layers.parameter import Layer, Parameter
+from octavo.layers.stream import Normed, as_tensor
 
 _KINDS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -69,8 +70,9 @@ class MixtureOfExperts(Layer):
             self.shared_expert_gate = PlainWeight(context, (1, hidden_size))
         self._shared_gate = self.shared_expert_gate if moe.has_shared_gate else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Normed) -> Tensor:
         """``[T, E] -> [T, E]``."""
+        x = as_tensor(x)
         weights, chosen = self.gate.forward(x)
         out = self._experts.forward(x, weights, chosen)
         if self._shared_expert is not None:

@@ -25,6 +25,7 @@ from octavo.layers.linear import Linear
 from octavo.layers.norm import LayerNorm, RMSNorm
 from octavo.layers.parameter import Layer, Parameter
 from octavo.layers.rotary import Rotary, Rotations, head_order
+from octavo.layers.stream import Normed, ResidualStream
 from octavo.models.interface import Shard, WeightMap
 
 DECODER_WEIGHTS = WeightMap(
@@ -43,16 +44,16 @@ DECODER_WEIGHTS = WeightMap(
 class Mixer(Protocol):
     """What stands for attention in a block."""
 
-    def forward(self, x: Tensor, rotations: Rotations, batch: ForwardBatch) -> Tensor:
-        """``[T, E] -> [T, E]``, a tensor of its own; ``x`` is left as it is."""
+    def forward(self, x: Normed, rotations: Rotations, batch: ForwardBatch) -> Tensor:
+        """``[T, E] -> [T, E]``, a tensor of its own."""
         ...
 
 
 class FeedForward(Protocol):
     """What stands for the feed-forward in a block."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[T, E] -> [T, E]``, a tensor of its own; ``x`` is left as it is."""
+    def forward(self, x: Normed) -> Tensor:
+        """``[T, E] -> [T, E]``, a tensor of its own."""
         ...
 
 
@@ -143,7 +144,7 @@ class SelfAttention(Layer):
                 self.attention.set_sinks,
             )
 
-    def forward(self, x: Tensor, rotations: Rotations, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: Normed, rotations: Rotations, batch: ForwardBatch) -> Tensor:
         """``[T, E] -> [T, E]``."""
         qkv = self.qkv_proj.forward(x)
         if self._wide_norms is not None:
@@ -175,7 +176,7 @@ class GatedMLP(Layer):
         self.down_proj = Linear(context, size, config.hidden_size, bias=options.mlp_bias)
         self._activation = gated_activation(config.hidden_act)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Normed) -> Tensor:
         """``[T, E] -> [T, E]``."""
         return self.down_proj.forward(self.gate_up_proj.forward_gated(x, self._activation))
 
@@ -190,7 +191,7 @@ class PlainMLP(Layer):
         self.down_proj = Linear(context, size, config.hidden_size, bias=options.mlp_bias)
         self._activation = activation(config.hidden_act)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Normed) -> Tensor:
         """``[T, E] -> [T, E]``."""
         return self.down_proj.forward(self._activation(self.up_proj.forward(x)))
 
@@ -222,40 +223,23 @@ class DecoderLayer(Layer):
         setattr(self, name, norm)  # the checkpoint's name
         return norm
 
-    def forward(self, residual: Tensor, delta: Tensor | None, rotations: Rotations, batch: ForwardBatch) -> Tensor:
-        """One layer on the stream ``residual + delta``, both ``[T, E]``; what is not added yet is handed on, so that
-        each addition is one pass with the norm behind it.
-
-        Args:
-            residual: Written.
-            delta: What the layer before contributes; None for nothing.
-            rotations: Of the step.
-            batch: The step.
-
-        Returns:
-            What this layer's feed-forward contributes, not added to ``residual`` yet.
-        """
-        x = _add(self._attention_input, residual, delta)
+    def forward(self, stream: ResidualStream, rotations: Rotations, batch: ForwardBatch) -> None:
+        """One layer on the ``stream``, with the ``rotations`` of the step and the step."""
+        x = stream.normed(self._attention_input)
         mixed = self.self_attn.forward(x, rotations, batch)
         if self._is_parallel:
-            return self._scaled(mixed.add_(self._mlp.forward(x)))
+            stream.add(self._scaled(mixed.add_(self._mlp.forward(x))))
+            return
         if self._attention_output is not None:
             mixed = self._attention_output.forward(mixed)
-        x = _add(self._mlp_input, residual, self._scaled(mixed))
-        fed = self._mlp.forward(x)
+        stream.add(self._scaled(mixed))
+        fed = self._mlp.forward(stream.normed(self._mlp_input))
         if self._mlp_output is not None:
             fed = self._mlp_output.forward(fed)
-        return self._scaled(fed)
+        stream.add(self._scaled(fed))
 
     def _scaled(self, delta: Tensor) -> Tensor:
         return delta if self._scale == 1.0 else delta.mul_(self._scale)
-
-
-def _add(norm: RMSNorm | LayerNorm | None, residual: Tensor, delta: Tensor | None) -> Tensor:
-    """``residual += delta``; the norm of the sum, or the stream itself where there is no norm."""
-    if norm is not None:
-        return norm.add_forward(residual, delta)
-    return residual if delta is None else residual.add_(delta)
 
 
 class Decoder(Layer):
@@ -291,13 +275,12 @@ class Decoder(Layer):
         self.norm = options.norm(context, config.hidden_size, config.rms_norm_eps)
 
     def forward(self, batch: ForwardBatch, hidden: Tensor | None) -> Tensor:
-        """Run all layers; ``hidden`` is written when it is given."""
-        residual = self._embed(batch) if hidden is None else hidden
+        """Run all layers; ``hidden`` may be overwritten when it is given."""
+        stream = ResidualStream(self._embed(batch) if hidden is None else hidden)
         rotations = [rotary.forward(batch.positions) for rotary in self._rotaries]
-        delta: Tensor | None = None
         for layer, kind in zip(self.layers, self._rotary_of_layer, strict=True):
-            delta = layer.forward(residual, delta, rotations[kind], batch)
-        return self.norm.add_forward(residual, delta)
+            layer.forward(stream, rotations[kind], batch)
+        return stream.normed(self.norm).tensor()
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
         embedded = self.embed_tokens.forward(batch.input_ids)

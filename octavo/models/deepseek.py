@@ -22,6 +22,7 @@ from octavo.layers.linear import Linear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.parameter import Layer
 from octavo.layers.rotary import Rotary, Rotations
+from octavo.layers.stream import Normed
 from octavo.models.decoder import DECODER_WEIGHTS, DecoderForCausalLM, DecoderOptions
 from octavo.models.interface import WeightMap
 from octavo.models.mixture import EXPERT_STACKS, make_mixture
@@ -68,9 +69,9 @@ class LatentAttention(Layer):
         )
         assert rotary.rotary_dim == mla.rotary_dim, "the config says how much of a head rotates"
 
-    def forward(self, x: Tensor, rotations: Rotations, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: Normed, rotations: Rotations, batch: ForwardBatch) -> Tensor:
         """``[T, E] -> [T, E]``."""
-        mla, heads, tokens = self._mla, self._heads, len(x)
+        mla, heads, tokens = self._mla, self._heads, len(batch.positions)
         if mla.query_rank is None:
             q = self.q_proj.forward(x)
         else:
@@ -79,7 +80,7 @@ class LatentAttention(Layer):
         latent, position = compressed.split((mla.kv_rank, mla.rotary_dim), dim=1)
         expanded = self.kv_b_proj.forward(self.kv_a_layernorm.forward(latent.contiguous()))
         plain, value = expanded.view(tokens, heads, -1).split((mla.plain_dim, mla.value_dim), dim=2)
-        qkv = x.new_zeros(tokens, 3, heads, mla.plain_dim + mla.rotary_dim)
+        qkv = q.new_zeros(tokens, 3, heads, mla.plain_dim + mla.rotary_dim)
         qkv[:, 0] = q.view(tokens, heads, -1)
         qkv[:, 1, :, : mla.rotary_dim] = position[:, None]
         qkv[:, 1, :, mla.rotary_dim :] = plain

@@ -16,10 +16,11 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
+from octavo.attention import triton  # noqa: E402
 from octavo.attention.triton import TritonBackend  # noqa: E402
 from octavo.config.model import ModelConfig, RopeConfig  # noqa: E402
-from octavo.kernels.gpu import activation, linear, norm, rope  # noqa: E402
-from octavo.kernels.skinny import choose_plan  # noqa: E402
+from octavo.kernels.gpu import activation, linear, norm, one_row, rope  # noqa: E402
+from octavo.kernels.skinny import OneRowPlan, choose_plan  # noqa: E402
 from octavo.layers.parameter import collect_slots  # noqa: E402
 from tests.models.harness import PagedModel  # noqa: E402
 
@@ -60,11 +61,11 @@ OTHERS = {
     ),
 }  # fmt: skip
 KERNELS = {
-    "layers without positions": {"norm", "add+norm", "rotate+write", "act"},
-    "olmo2": {"norm", "add+norm", "rotate+write", "act"},
-    "phi2": {"rotate+write"},
-    "gemma2": {"norm", "add+norm", "rotate+write", "gelu"},
-    "gemma3": {"norm", "add+norm", "rotate+write", "gelu"},
+    "layers without positions": {"norm", "add+norm", "rotate+write", "act", "few", "norm+linear", "norm+linear+act"},
+    "olmo2": {"norm", "add+norm", "rotate+write", "act", "few"},
+    "phi2": {"rotate+write", "few"},
+    "gemma2": {"norm", "add+norm", "rotate+write", "gelu", "few", "norm+linear", "norm+linear+act"},
+    "gemma3": {"norm", "add+norm", "rotate+write", "gelu", "few", "norm+linear", "norm+linear+act"},
 }
 """What must have run as a kernel of ours; the rest are torch's operators on a GPU too."""
 
@@ -80,12 +81,13 @@ def load_random(paged: PagedModel) -> None:
 
 
 def run(paged: PagedModel) -> torch.Tensor:
-    """Logits of a prompt, of a step that mixes decode and prompt, and of a step of decodes."""
+    """Logits of a prompt, of a step that mixes decode and prompt, of a step of decodes and of one decode alone."""
     load_random(paged)
     first = paged.step({0: [5, 9, 11]})
     second = paged.step({0: [3], 1: [7, 2]})
     third = paged.step({1: [1], 0: [4]})
-    return torch.cat([*first.values(), *second.values(), *third.values()])
+    fourth = paged.step({1: [8]})
+    return torch.cat([*first.values(), *second.values(), *third.values(), *fourth.values()])
 
 
 def use_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -99,10 +101,20 @@ def use_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return torch.nn.functional.linear(x, weight, bias)
         return linear.linear(x, weight, bias, plan)
 
+    def multiply_normed(
+        residual: torch.Tensor, delta: torch.Tensor | None, norm: tuple[torch.Tensor, float], weight: torch.Tensor,
+        bias: torch.Tensor | None, activation: object = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:  # fmt: skip
+        if len(residual) > 1:
+            return None
+        calls.append("norm+linear" if activation is None else "norm+linear+act")
+        act = {None: None, "act": "silu", "gelu": "gelu_tanh"}[getattr(activation, "__name__", None)]
+        return one_row.normed_row(residual, delta, norm, weight, bias, OneRowPlan(2, 32, 2, 4), act=act)
+
     def put(target: str, name: str, function: object) -> None:
-        def wrapped(*args: object) -> object:
+        def wrapped(*args: object, **named: object) -> object:
             calls.append(name)
-            return function(*args)  # type: ignore[operator]
+            return function(*args, **named)  # type: ignore[operator]
 
         monkeypatch.setattr(target, wrapped)
 
@@ -115,6 +127,8 @@ def use_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             qkv, h, g, norms, torch.view_as_real(table), *rest
         ),
     )
+    put("octavo.attention.triton.decode_few", "few", triton.decode_few)
+    monkeypatch.setattr("octavo.layers.stream.normed_linear", multiply_normed)
     monkeypatch.setattr("octavo.quantization.unquantized.native_kernels", lambda: None)  # the CPU's own product
     monkeypatch.setattr("octavo.quantization.unquantized.linear", multiply)
     monkeypatch.setattr("octavo.kernels.linear.linear", multiply)  # behind the gated product
@@ -152,6 +166,9 @@ def test_equals_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.models.harness.TorchSdpaBackend", TritonBackend)
     result = run(PagedModel(CONFIGS[name], num_blocks=6, scattered=True))
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
-    layer = ["linear", "rotate+write", "linear", "add+norm", "linear", "act", "linear", "add+norm"]
-    # Attention itself is not counted: one launch for prompts; two for decodes.
-    assert calls == ["norm", *layer, *layer, "linear"] * 3
+    # Attention itself is not counted where it has launches of its own: one for prompts, two for decodes.
+    behind = ["linear", "add+norm", "linear", "act", "linear", "add+norm"]
+    layer, decodes = ["linear", "rotate+write", *behind], ["linear", "few", *behind]
+    alone = ["norm+linear", "few", "linear", "norm+linear+act", "linear"]
+    prompts = ["norm", *layer, *layer, "linear"]
+    assert calls == [*prompts * 2, "norm", *decodes * 2, "linear", *alone * 2, "add+norm", "linear"]

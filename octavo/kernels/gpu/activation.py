@@ -8,13 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.gpu.launch import has_pdl, launch_options
+from octavo.kernels.gpu.products import ACTIVATIONS, act
 
 _BLOCK = 1024
 
 
 @triton.jit
 def _gated(
-    gate_up, out, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_GELU: tl.constexpr, PDL: tl.constexpr,
+    gate_up, out, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -24,12 +25,7 @@ def _gated(
         tl.extra.cuda.gdc_wait()
     gate = tl.load(gate_up + row * stride + offs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + SIZE + offs, mask=mask, other=0.0).to(tl.float32)
-    if IS_GELU:
-        # 0.5 * (1 + tanh(u)) = sigmoid(2u)
-        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    else:
-        gate = gate * tl.sigmoid(gate)
-    product = gate.to(out.dtype.element_ty).to(tl.float32) * up
+    product = act(gate, ACT).to(out.dtype.element_ty).to(tl.float32) * up
     tl.store(out + row * SIZE + offs, product.to(out.dtype.element_ty), mask=mask)
 
 
@@ -39,6 +35,14 @@ def gated(gate_up: Tensor, is_gelu: bool) -> Tensor:
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     block = min(_BLOCK, triton.next_power_of_2(size))
     _gated[(rows, triton.cdiv(size, block))](
-        gate_up, out, gate_up.stride(0), size, block, is_gelu, has_pdl(), num_warps=4, **launch_options()
+        gate_up,
+        out,
+        gate_up.stride(0),
+        size,
+        block,
+        ACTIVATIONS["gelu_tanh" if is_gelu else "silu"],
+        has_pdl(),
+        num_warps=4,
+        **launch_options(),
     )
     return out

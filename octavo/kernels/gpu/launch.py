@@ -11,6 +11,9 @@ import functools
 import os
 
 import torch
+from torch import Tensor
+
+MAX_ARRIVALS = 4096
 
 
 @functools.cache
@@ -25,3 +28,13 @@ def has_pdl() -> bool:
 def launch_options() -> dict[str, bool]:
     """Keyword arguments of a launch; the kernel's PDL parameter is ``has_pdl()``."""
     return {"launch_pdl": True} if has_pdl() else {}
+
+
+@functools.cache
+def arrivals(device: torch.device) -> Tensor:
+    """``[MAX_ARRIVALS]`` int32 counters of programs that put a result together: 0 between two kernels.
+
+    Shared by all of them, which follow one another in one stream. Made at the first use, which must not be while a
+    graph is recorded: the graph would own it.
+    """
+    return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)

@@ -1,14 +1,12 @@
 """Products of up to 256 rows with a weight, as fast as the weight can be read; with gate and up, their activation too.
 
 cuBLAS is made for many rows: at one row it reaches 8 to 50 % of the bandwidth on small weights, and at 64 to 256 its
-tiles are too large to give every processor one. One row is multiplied and added in registers, without tensor cores; up
-to 32 rows become the narrow operand of a tensor core product whose 64 or 128 rows are the weight's; more are tiles as
-usual, chosen so that the machine is full. Which is used for what: ``kernels/skinny.py``.
+tiles are too large to give every processor one. One row goes to ``one_row.py``; up to 32 rows become the narrow operand
+of a tensor core product whose 64 or 128 rows are the weight's; more are tiles as usual, chosen so that the machine is
+full. Which is used for what: ``kernels/skinny.py``.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import triton
@@ -16,39 +14,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels.gpu.launch import has_pdl, launch_options
-from octavo.kernels.gpu.products import multiply
+from octavo.kernels.gpu.launch import arrivals, has_pdl, launch_options
+from octavo.kernels.gpu.products import ACTIVATIONS, PLAIN, activate, multiply
 from octavo.kernels.skinny import SkinnyPlan
 
-_MAX_TILES = 4096
 _PREFETCHED_BYTES = 16 * 2**20
 """Of a weight. The L2 cache holds 50 MB, and kernels launched early may prefetch for two products at once."""
-
-PLAIN = tl.constexpr(0)
-SILU = tl.constexpr(1)
-GELU_TANH = tl.constexpr(2)
-
-
-@triton.jit
-def _gemv(
-    x, weight, bias, out, K, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One row. The first weights are requested before the row is there."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    columns = tl.arange(0, BK)
-    at = weight + rows[:, None] * K + columns[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    w = tl.load(at)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    acc = w.to(tl.float32) * tl.load(x + columns).to(tl.float32)[None, :]
-    for k in tl.range(BK, K, BK, num_stages=1):
-        acc += tl.load(at + k).to(tl.float32) * tl.load(x + k + columns).to(tl.float32)[None, :]
-    y = tl.sum(acc, 1)
-    if HAS_BIAS:
-        y += tl.load(bias + rows).to(tl.float32)
-    tl.store(out + rows, y.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -104,13 +75,7 @@ def _finish(
     if ACT != PLAIN:
         if HAS_BIAS:
             up += tl.load(bias + N + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
-        gate = y.to(out.dtype.element_ty).to(tl.float32)
-        if ACT == GELU_TANH:
-            # 0.5 * (1 + tanh(u)) = sigmoid(2u)
-            gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-        else:
-            gate = gate * tl.sigmoid(gate)
-        y = gate.to(out.dtype.element_ty).to(tl.float32) * up.to(out.dtype.element_ty).to(tl.float32)
+        y = activate(y, up, ACT, out.dtype.element_ty)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -196,49 +161,31 @@ def _gemm(
         _finish(acc, up, bias, out, at, outputs, N, mask, ACT, HAS_BIAS)
 
 
-@functools.cache
-def _counts(device: torch.device) -> Tensor:
-    """Arrivals of each tile, 0 between two products; shared by all of them, which follow one another in one stream.
-
-    Made at the first product, which must not be while a graph is recorded: the graph would own it.
-    """
-    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan) -> Tensor:
     """``x [M, K]`` times ``weight [N, K]``, contiguous, plus ``bias [N]``: ``[M, N]``. One launch.
 
     Reference: ``torch.nn.functional.linear``. Sums run in float32. With TMA, x and its rows begin at multiples
     of 16 bytes. Without, blocks divide the weight.
     """
-    if plan.block_rows > 1:
-        return _tiled(x, weight, bias, plan, weight.shape[0], PLAIN.value)
-    outputs = weight.shape[0]
-    out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
-    _gemv[(outputs // plan.block_outputs,)](
-        x, weight, out if bias is None else bias, out, x.shape[1], plan.block_outputs, plan.block_columns,
-        bias is not None, has_pdl(), num_warps=plan.num_warps, **launch_options(),
-    )  # fmt: skip
-    return out
+    return _tiled(x, weight, bias, plan, weight.shape[0], None)
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan, *, is_gelu: bool) -> Tensor:
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan, *, act: str) -> Tensor:
     """``act(gate) * up`` of the product ``x [M, K]`` times ``weight [2F, K]``, gates first: ``[M, F]``. One launch.
 
-    Rounded as ``linear`` and ``gpu/activation.py`` after it. ``is_gelu``: GELU's tanh approximation, else SiLU. Else as
-    ``linear``.
+    Rounded as ``linear`` and ``gpu/activation.py`` after it. ``act``: ``silu`` or ``gelu_tanh``. Else as ``linear``.
     """
-    return _tiled(x, weight, bias, plan, weight.shape[0] // 2, (GELU_TANH if is_gelu else SILU).value)
+    return _tiled(x, weight, bias, plan, weight.shape[0] // 2, act)
 
 
-def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan, outputs: int, act: int) -> Tensor:
+def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan, outputs: int, act: str | None) -> Tensor:
     rows, columns = x.shape
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    halves = 1 if act == PLAIN.value else 2
+    halves = 1 if act is None else 2
     tiles_m, tiles_n = triton.cdiv(rows, plan.block_rows), triton.cdiv(outputs, plan.block_outputs)
     if plan.split > 1:
         partial = torch.empty(halves * plan.split * rows * outputs, dtype=torch.float32, device=x.device)
-        counts = _counts(x.device)
+        counts = arrivals(x.device)
     else:
         partial = counts = out
     if plan.uses_tma:
@@ -256,7 +203,7 @@ def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None, plan: SkinnyPlan, out
     _gemm[(tiles_m * tiles_n, plan.split)](
         source, held, weight, out if bias is None else bias, out, partial, counts, rows, outputs, columns, x.stride(0),
         tiles_m, chunk, plan.block_rows, plan.block_outputs, plan.block_columns, plan.split, plan.stages, steps,
-        plan.is_swapped, plan.uses_tma, act, bias is not None, "tf32" if x.element_size() == 2 else "ieee",
+        plan.is_swapped, plan.uses_tma, ACTIVATIONS[act], bias is not None, "tf32" if x.element_size() == 2 else "ieee",
         threads, plan.prefetches and has_pdl(), has_pdl(), num_warps=plan.num_warps, **launch_options(),
     )  # fmt: skip
     return out

@@ -13,14 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.gpu.launch import has_pdl, launch_options
-from octavo.kernels.gpu.products import multiply
+from octavo.kernels.gpu.products import ACTIVATIONS, CLAMPED_SWIGLU, act, multiply
 from octavo.kernels.moe.align import Tiles
 from octavo.kernels.moe.plans import PairSizes, TileSizes
-
-SILU = tl.constexpr(0)
-GELU_TANH = tl.constexpr(1)
-CLAMPED_SWIGLU = tl.constexpr(2)
-KINDS = {"silu": 0, "gelu_tanh": 1, "clamped_swiglu": 2}
 
 
 @triton.jit
@@ -29,11 +24,8 @@ def _activate(gate, up, ACT: tl.constexpr, alpha, limit):
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
         result = gate * tl.sigmoid(alpha * gate) * (up + 1.0)
-    elif ACT == GELU_TANH:
-        # 0.5 * (1 + tanh(u)) = sigmoid(2u)
-        result = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
     else:
-        result = gate * tl.sigmoid(gate) * up
+        result = act(gate, ACT) * up
     return result
 
 
@@ -171,7 +163,7 @@ def gate_up_tiles(
     _gate_up_tiles[(limit * triton.cdiv(inner, sizes.outputs),)](
         x, weight, out if bias is None else bias, out, tiles.pairs, tiles.experts, num_pairs, limit, x.stride(0),
         activation[1], activation[2], inner, columns, top_k, sizes.rows, sizes.outputs, sizes.columns, sizes.group,
-        sizes.stages, sizes.is_swapped, KINDS[activation[0]], bias is not None, _precision(x), has_pdl(),
+        sizes.stages, sizes.is_swapped, ACTIVATIONS[activation[0]], bias is not None, _precision(x), has_pdl(),
         num_warps=sizes.num_warps, **launch_options(),
     )  # fmt: skip
     return out
@@ -309,7 +301,7 @@ def experts_by_pairs(
     options = launch_options()
     _gate_up_pairs[(triton.cdiv(inner, sizes.gate_up_outputs), tokens * top_k)](
         x, gate_up[0], h if gate_up[1] is None else gate_up[1], experts, h, x.stride(0), activation[1], activation[2],
-        inner, size, top_k, sizes.gate_up_outputs, sizes.gate_up_columns, KINDS[activation[0]],
+        inner, size, top_k, sizes.gate_up_outputs, sizes.gate_up_columns, ACTIVATIONS[activation[0]],
         gate_up[1] is not None, has_pdl(), num_warps=sizes.num_warps, **options,
     )  # fmt: skip
     _down_pairs[(triton.cdiv(size, sizes.down_outputs), tokens)](

@@ -15,6 +15,31 @@ from octavo.kernels.gpu.launch import has_pdl, launch_options
 _HEADS = 4
 
 
+@triton.jit
+def rotation(table, position, D_PAD: tl.constexpr, HALF: tl.constexpr):
+    """Cosines and sines ``[1, D_PAD / 2]`` of a position; dimensions from 2 HALF on do not turn."""
+    pair = tl.arange(0, D_PAD // 2)
+    row = table + position * (2 * HALF) + 2 * pair
+    cos = tl.load(row, mask=pair < HALF, other=1.0)[None, :]
+    sin = tl.load(row + 1, mask=pair < HALF, other=0.0)[None, :]
+    return cos, sin
+
+
+@triton.jit
+def norm_rotate(
+    wide, weight, cos, sin, eps, D: tl.constexpr, D_PAD: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """``[HEADS, D_PAD]`` float32 heads of one token, normalised with HAS_NORM by ``weight``, which broadcasts, rounded
+    to ``dtype``, and turned. What lies beyond D is 0."""
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)
+        normed = (wide * scale[:, None]).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+        wide = normed.to(dtype).to(tl.float32)
+    even, odd = tl.split(tl.reshape(wide, [HEADS, D_PAD // 2, 2]))
+    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [HEADS, D_PAD])
+
+
 @triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def _norm_rotate_write(
     qkv, q_weight, k_weight, table, positions, slots, k_cache, v_cache, eps, stride_token, stride_page, stride_slot,
@@ -29,27 +54,20 @@ def _norm_rotate_write(
     at = qkv + token * stride_token + head[:, None] * D + offs[None, :]
     mask = (head < H + 2 * G)[:, None] & (offs < D)[None, :]
     is_value = (head >= H + G)[:, None]
+    wq = tl.zeros([D_PAD], q_weight.dtype.element_ty)
+    wk = wq
     if HAS_NORM:
-        wq = tl.load(q_weight + offs, mask=offs < D, other=0.0).to(tl.float32)
-        wk = tl.load(k_weight + offs, mask=offs < D, other=0.0).to(tl.float32)
+        wq = tl.load(q_weight + offs, mask=offs < D, other=0.0)
+        wk = tl.load(k_weight + offs, mask=offs < D, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     position = tl.load(positions + token)
     slot = tl.load(slots + token)
     x = tl.load(at, mask=mask, other=0.0)
-    wide = x.to(tl.float32)
-    if HAS_NORM:
-        scale = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)
-        w = tl.where((head < H)[:, None], wq[None, :], wk[None, :])
-        normed = (wide * scale[:, None]).to(q_weight.dtype.element_ty).to(tl.float32) * w
-        wide = tl.where(is_value, wide, normed.to(dtype).to(tl.float32))
-    even, odd = tl.split(tl.reshape(wide, [HEADS, D_PAD // 2, 2]))
-    pair = tl.arange(0, D_PAD // 2)
-    row = table + position * (2 * HALF) + 2 * pair
-    cos = tl.load(row, mask=pair < HALF, other=1.0)[None, :]
-    sin = tl.load(row + 1, mask=pair < HALF, other=0.0)[None, :]
-    rotated = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [HEADS, D_PAD])
+    weight = tl.where((head < H)[:, None], wq[None, :], wk[None, :])
+    cos, sin = rotation(table, position, D_PAD, HALF)
+    rotated = norm_rotate(x.to(tl.float32), weight, cos, sin, eps, D, D_PAD, HEADS, HAS_NORM, dtype)
     result = tl.where(is_value, x, rotated.to(dtype))
     tl.store(at, result, mask=mask & (head < H + G)[:, None])
     if slot >= 0:

@@ -8,7 +8,16 @@ import json
 import pytest
 
 from octavo.kernels import skinny
-from octavo.kernels.skinny import MAX_ROWS, SkinnyPlan, candidates, choose_plan, estimate, format_plans, parse_table
+from octavo.kernels.skinny import (
+    MAX_ROWS,
+    SkinnyPlan,
+    candidates,
+    choose_plan,
+    estimate,
+    format_plans,
+    one_row_plan,
+    parse_table,
+)
 
 MEASURED = [
     (4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024),
@@ -20,17 +29,32 @@ ODD = [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (77, 64),
 @pytest.mark.parametrize(("outputs", "columns"), MEASURED + ODD)
 @pytest.mark.parametrize("is_gated", [False, True], ids=["plain", "gated"])
 def test_sizes_fit(outputs: int, columns: int, is_gated: bool) -> None:
-    for rows in range(1, MAX_ROWS + 1):
+    for rows in range(2, MAX_ROWS + 1):
         plan = choose_plan(rows, outputs, columns, is_gated=is_gated)
         assert plan is not None or (outputs, columns) in ODD or rows > 8 or is_gated
         if plan is None:
             continue
-        assert (rows > 1) == (plan.block_rows > 1)
         if not plan.uses_tma:
             assert outputs % plan.block_outputs == 0 and columns % plan.block_columns == 0 and rows <= plan.block_rows
         # A part without columns would wait for nothing, but each must have a partial result to add.
         assert plan.split <= columns // plan.block_columns
         assert -(-outputs // plan.block_outputs) * -(-rows // plan.block_rows) <= 4096 or plan.split == 1
+
+
+@pytest.mark.parametrize(("outputs", "columns"), MEASURED + ODD)
+@pytest.mark.parametrize("is_gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("is_normed", [False, True], ids=["alone", "normed"])
+def test_sizes_of_one_row_fit(outputs: int, columns: int, is_gated: bool, is_normed: bool) -> None:
+    plan = one_row_plan(outputs, columns, is_gated=is_gated, is_normed=is_normed)
+    if plan is None:
+        assert (outputs, columns) in ODD
+        return
+    assert outputs % plan.block_outputs == 0 and columns % plan.block_columns == 0
+    # Weights in registers before the row is there, the row, its norm, and sums in float32.
+    held = min(plan.held, columns // plan.block_columns)
+    numbers = plan.block_outputs * plan.block_columns
+    registers = numbers * (held * (1 + is_gated + 2 * is_normed) / 2 + (1 + is_gated)) / (32 * plan.num_warps)
+    assert registers <= 200
 
 
 def _held(plan: SkinnyPlan, wide: int, columns: int) -> int:
@@ -80,7 +104,9 @@ def test_small_weights_get_more_tiles_than_a_library_makes() -> None:
 def test_leaves_many_rows_and_huge_weights_alone() -> None:
     assert choose_plan(MAX_ROWS + 1, 4096, 4096) is None
     assert choose_plan(0, 4096, 4096) is None
-    assert choose_plan(1, 2**20, 2**11) is None
+    assert choose_plan(1, 4096, 4096) is None, "one row has plans of its own"
+    assert one_row_plan(2**20, 2**11) is None
+    assert one_row_plan(2**18, 2**12, is_gated=True) is None
 
 
 def test_a_table_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,4 +122,4 @@ def test_a_table_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert uncached(24, 576, 1024, is_gated=True) is None
     table[576, 1024, False] = ((16, few), (24, None))
     assert [uncached(rows, 576, 1024) for rows in (2, 8, 16, 17)] == [few, few, few, None]
-    assert uncached(1, 576, 1024) is not few and uncached(25, 576, 1024) not in (None, few)
+    assert uncached(25, 576, 1024) not in (None, few)
