@@ -1,7 +1,7 @@
 """One token through all layers of a model: what a layer takes, and which sizes of its four products are fastest.
 
     python benchmarks/gpu/single_row.py                  # as the engine does it, beside a launch for each operation
-    python benchmarks/gpu/single_row.py --tune           # other sizes, one product after the other; compiles for a minute
+    python benchmarks/gpu/single_row.py --tune           # other sizes, one product after the other
 
 Shapes of Qwen3-0.6B (m1) and Llama-3.1-8B (m2) in bfloat16 with random weights, recorded as one CUDA graph: norms,
 products, attention over ``--context`` tokens; without embedding, head and draw. Prints microseconds a layer and the
@@ -26,7 +26,7 @@ from octavo.attention.backend import AttentionSpec, HeadPreparation
 from octavo.attention.triton import TritonBackend
 from octavo.batch import StepShape
 from octavo.kernels.activation import silu_and_mul
-from octavo.kernels.gpu.one_row import normed_row, one_row
+from octavo.kernels.gpu.one_row import one_row
 from octavo.kernels.norm import add_rms_norm
 from octavo.kernels.rope import norm_rotate_write
 from octavo.kernels.skinny import OneRowPlan, one_row_plan
@@ -107,14 +107,14 @@ class Model:
     def fused(self, plans: Plans) -> None:
         """As the engine does it: five launches a layer."""
         meta = self.backend.plan(self.step, self.starts, self.lens, self.table, self.slots)
-        residual, delta, norm, shape = self.x, None, (self.norm, EPS), self.shape
+        residual, norm, shape = self.x.clone(), (self.norm, EPS), self.shape
         for layer, cache in zip(self.layers, self.caches, strict=True):
-            qkv, residual = normed_row(residual, delta, norm, layer["qkv"], None, plans["qkv"])
+            qkv = one_row(residual, layer["qkv"], None, plans["qkv"], norm=norm)
             mixed = qkv.new_empty(1, shape.heads, shape.head_dim)
             self.backend.attend_projection(qkv, self.heads, cache, meta, mixed)
-            delta = one_row(mixed.flatten(1), layer["out"], None, plans["out"])
-            inner, residual = normed_row(residual, delta, norm, layer["gate_up"], None, plans["gate_up"], act="silu")
-            delta = one_row(inner, layer["down"], None, plans["down"])
+            one_row(mixed.flatten(1), layer["out"], None, plans["out"], residual=residual)
+            inner = one_row(residual, layer["gate_up"], None, plans["gate_up"], norm=norm, act="silu")
+            one_row(inner, layer["down"], None, plans["down"], residual=residual)
 
     def apart(self, plans: Plans) -> None:
         """A launch for each operation, two for attention."""
@@ -202,9 +202,9 @@ def _compile(part: tuple[str, list[tuple[str, OneRowPlan]]]) -> None:
         weight = torch.zeros(outputs * (2 if act else 1), columns, device="cuda", dtype=torch.bfloat16)
         x = weight[:1]
         if product in ("gate_up", "qkv"):
-            normed_row(x, x, (x[0], EPS), weight, None, plan, act=act)
+            one_row(x, weight, None, plan, norm=(x[0], EPS), act=act)
         else:
-            one_row(x, weight, None, plan)
+            one_row(x, weight, None, plan, residual=torch.zeros(1, outputs, device="cuda", dtype=torch.bfloat16))
 
 
 def tune(name: str, model: Model, plans: dict[str, OneRowPlan]) -> None:

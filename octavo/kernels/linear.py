@@ -59,30 +59,40 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Act
 
 
 def normed_linear(
-    residual: Tensor, delta: Tensor | None, norm: tuple[Tensor, float], weight: Tensor, bias: Tensor | None,
-    activation: Activation | None = None,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """``linear``, or ``gated_linear`` with ``activation``, of the RMSNorm of ``residual + delta``, in one launch.
+    x: Tensor, norm: tuple[Tensor, float], weight: Tensor, bias: Tensor | None, activation: Activation | None = None
+) -> Tensor | None:
+    """``linear``, or ``gated_linear`` with ``activation``, of the RMSNorm of ``x``, in one launch.
 
     Args:
-        residual: ``[T, K]``; may be overwritten.
-        delta: ``[T, K]``; None for nothing.
+        x: ``[T, K]``.
         norm: Weight ``[K]`` and epsilon.
         weight: ``[N, K]``.
         bias: ``[N]``.
         activation: Of ``kernels/activation.py``.
 
     Returns:
-        The result and ``residual + delta``, rounded as separate launches do; None where these are faster: nothing has
-        been done then.
+        The result, rounded as that of separate launches; None where these are faster: nothing has been done then.
     """
-    if len(residual) != 1 or (activation is not None and activation not in _FUSED):
+    if len(x) != 1 or (activation is not None and activation not in _FUSED):
         return None
-    plan = _one_row_plan(residual, weight, is_gated=activation is not None, is_normed=True)
+    plan = _one_row_plan(x, weight, is_gated=activation is not None, is_normed=True)
     if plan is None:
         return None
     act = None if activation is None else _FUSED[activation]
-    return gpu_kernels("one_row").normed_row(residual, delta, norm, weight, bias, plan, act=act)
+    return gpu_kernels("one_row").one_row(x, weight, bias, plan, norm=norm, act=act)
+
+
+def add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """``residual += linear(x, weight, bias)`` in one launch, rounded as separate ones do.
+
+    Returns:
+        False where these are faster: nothing has been done then.
+    """
+    plan = _one_row_plan(x, weight, is_gated=False, is_normed=False) if len(x) == 1 else None
+    if plan is None or not residual.is_contiguous():
+        return False
+    gpu_kernels("one_row").one_row(x, weight, bias, plan, residual=residual)
+    return True
 
 
 def _one_row_plan(x: Tensor, weight: Tensor, *, is_gated: bool, is_normed: bool) -> OneRowPlan | None:

@@ -208,9 +208,9 @@ def one_row_plan(
     if size <= 20_000_000:
         plan = OneRowPlan(4, 1024, 3, 4)
         if is_gated or is_normed:
-            plan = OneRowPlan(8, 256, 3, 4) if is_gated else OneRowPlan(16, 256, 2, 8)
+            plan = OneRowPlan(16, 256, 4 if is_gated else 2, 8)
     elif is_gated:
-        plan = OneRowPlan(4, 512, 2, 4)
+        plan = OneRowPlan(2, 1024, 4, 4)
     elif is_normed:
         plan = OneRowPlan(4, 1024, 2, 4)
     else:

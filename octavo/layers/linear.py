@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.kernels.linear import Activation, gated_linear
 from octavo.layers.context import LayerContext
 from octavo.layers.parameter import Layer, Parameter
-from octavo.layers.stream import Normed, as_tensor
+from octavo.layers.stream import Normed, Product, as_tensor
 from octavo.quantization.method import LinearShape
 
 
@@ -63,6 +63,10 @@ class Linear(Layer):
             if result is not None:
                 return result
         return self._method.apply(self.shape, self._weights, as_tensor(x), self._bias)
+
+    def later(self, x: Tensor) -> Product:
+        """``forward(x)``, when it is known what it is added to."""
+        return Product(self, x)
 
     def forward_gated(self, x: Tensor | Normed, activation: Activation) -> Tensor:
         """``activation(forward(x))``, ``[T, in] -> [T, out / 2]``, for a layer of a gate and an up of the same size."""

@@ -21,7 +21,7 @@ from octavo.kernels.moe.routing import Routing, Scoring, route
 from octavo.layers.context import LayerContext
 from octavo.layers.linear import Linear
 from octavo.layers.parameter import Layer, Parameter
-from octavo.layers.stream import Normed, as_tensor
+from octavo.layers.stream import Normed, Product, as_tensor
 
 _KINDS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -29,7 +29,7 @@ _KINDS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 class SharedExpert(Protocol):
     """What every token goes through besides its experts."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | Product:
         """``[T, E] -> [T, E]``, a tensor of its own."""
         ...
 
@@ -76,7 +76,7 @@ class MixtureOfExperts(Layer):
         weights, chosen = self.gate.forward(x)
         out = self._experts.forward(x, weights, chosen)
         if self._shared_expert is not None:
-            shared = self._shared_expert.forward(x)
+            shared = as_tensor(self._shared_expert.forward(x))
             if self._shared_gate is not None:
                 shared = shared.mul_(torch.sigmoid(linear(x, self._shared_gate.values)))
             out += shared

@@ -1,29 +1,38 @@
 """The residual stream of a decoder: what each layer reads, and adds to.
 
-An addition is put off until the norm behind it, so that one pass does both; and the norm is put off until the product
-behind it, so that a step of one row spares launches that would take longer than what they compute. Whoever wants the
-normalised rows themselves asks for ``Normed.tensor``.
+Both are put off. An addition waits for the norm behind it, so that one pass does both; a norm waits for the product
+behind it, and a product for the addition behind it, so that a step of one row spares launches that would take longer
+than what they compute. Whoever wants the rows themselves asks for ``tensor()``.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from octavo.kernels.linear import Activation, normed_linear
+from octavo.kernels.linear import Activation, add_linear, normed_linear
 from octavo.layers.norm import LayerNorm, RMSNorm
+
+if TYPE_CHECKING:
+    from octavo.layers.linear import Linear
 
 
 class ResidualStream:
     """``[T, E]``, and a term that is not added yet."""
 
     def __init__(self, residual: Tensor) -> None:
-        """Begin with ``residual``, which may be overwritten."""
+        """Begin with ``residual``, which will be overwritten."""
         self.residual = residual
         self.delta: Tensor | None = None
 
-    def add(self, delta: Tensor) -> None:
-        """Add ``delta [T, E]`` at the next norm."""
-        self.total()
+    def add(self, delta: Tensor | Product) -> None:
+        """Add ``[T, E]``, at the next norm at the latest."""
+        residual = self.total()
+        if isinstance(delta, Product):
+            if delta.add_to(residual):
+                return
+            delta = delta.tensor()
         self.delta = delta
 
     def total(self) -> Tensor:
@@ -60,16 +69,28 @@ class Normed:
     def product(self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor | None:
         """``kernels.linear.normed_linear`` of the stream; None where ``tensor`` and a product of it are faster."""
         stream, norm = self._stream, self._norm
-        if self._value is not None or not isinstance(norm, RMSNorm):
+        if self._value is not None or stream.delta is not None or not isinstance(norm, RMSNorm):
             return None
-        both = normed_linear(stream.residual, stream.delta, (norm.scale, norm.eps), weight, bias, activation)
-        if both is None:
-            return None
-        result, stream.residual = both
-        stream.delta = None
-        return result
+        return normed_linear(stream.residual, (norm.scale, norm.eps), weight, bias, activation)
 
 
-def as_tensor(x: Tensor | Normed) -> Tensor:
+class Product:
+    """What a layer contributes, not multiplied yet: ``linear.forward(x)``."""
+
+    def __init__(self, linear: Linear, x: Tensor) -> None:
+        self._linear = linear
+        self._x = x
+
+    def tensor(self) -> Tensor:
+        """``[T, out]``, a tensor of its own at each call."""
+        return self._linear.forward(self._x)
+
+    def add_to(self, residual: Tensor) -> bool:
+        """``residual += tensor()``, if one launch does it; whether it did."""
+        weight, bias = self._linear.plain
+        return weight is not None and add_linear(residual, self._x, weight, bias)
+
+
+def as_tensor(x: Tensor | Normed | Product) -> Tensor:
     """The rows themselves."""
-    return x.tensor() if isinstance(x, Normed) else x
+    return x if isinstance(x, Tensor) else x.tensor()

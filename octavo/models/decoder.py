@@ -25,7 +25,7 @@ from octavo.layers.linear import Linear
 from octavo.layers.norm import LayerNorm, RMSNorm
 from octavo.layers.parameter import Layer, Parameter
 from octavo.layers.rotary import Rotary, Rotations, head_order
-from octavo.layers.stream import Normed, ResidualStream
+from octavo.layers.stream import Normed, Product, ResidualStream, as_tensor
 from octavo.models.interface import Shard, WeightMap
 
 DECODER_WEIGHTS = WeightMap(
@@ -44,7 +44,7 @@ DECODER_WEIGHTS = WeightMap(
 class Mixer(Protocol):
     """What stands for attention in a block."""
 
-    def forward(self, x: Normed, rotations: Rotations, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: Normed, rotations: Rotations, batch: ForwardBatch) -> Tensor | Product:
         """``[T, E] -> [T, E]``, a tensor of its own."""
         ...
 
@@ -52,7 +52,7 @@ class Mixer(Protocol):
 class FeedForward(Protocol):
     """What stands for the feed-forward in a block."""
 
-    def forward(self, x: Normed) -> Tensor:
+    def forward(self, x: Normed) -> Tensor | Product:
         """``[T, E] -> [T, E]``, a tensor of its own."""
         ...
 
@@ -144,7 +144,7 @@ class SelfAttention(Layer):
                 self.attention.set_sinks,
             )
 
-    def forward(self, x: Normed, rotations: Rotations, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: Normed, rotations: Rotations, batch: ForwardBatch) -> Product:
         """``[T, E] -> [T, E]``."""
         qkv = self.qkv_proj.forward(x)
         if self._wide_norms is not None:
@@ -156,7 +156,7 @@ class SelfAttention(Layer):
         if scales is not None:
             assert self._head_norms is None, "a norm of heads would undo it"
             qkv[:, : self._sizes[0]].mul_(scales.to(qkv.dtype))
-        return self.o_proj.forward(self.attention.forward(qkv, rotations, batch, self._head_norms))
+        return self.o_proj.later(self.attention.forward(qkv, rotations, batch, self._head_norms))
 
 
 def _head_norm(options: DecoderOptions, context: LayerContext, size: int, eps: float, order: Tensor) -> RMSNorm:
@@ -176,9 +176,9 @@ class GatedMLP(Layer):
         self.down_proj = Linear(context, size, config.hidden_size, bias=options.mlp_bias)
         self._activation = gated_activation(config.hidden_act)
 
-    def forward(self, x: Tensor | Normed) -> Tensor:
+    def forward(self, x: Tensor | Normed) -> Product:
         """``[T, E] -> [T, E]``."""
-        return self.down_proj.forward(self.gate_up_proj.forward_gated(x, self._activation))
+        return self.down_proj.later(self.gate_up_proj.forward_gated(x, self._activation))
 
 
 class PlainMLP(Layer):
@@ -191,9 +191,9 @@ class PlainMLP(Layer):
         self.down_proj = Linear(context, size, config.hidden_size, bias=options.mlp_bias)
         self._activation = activation(config.hidden_act)
 
-    def forward(self, x: Tensor | Normed) -> Tensor:
+    def forward(self, x: Tensor | Normed) -> Product:
         """``[T, E] -> [T, E]``."""
-        return self.down_proj.forward(self._activation(self.up_proj.forward(x)))
+        return self.down_proj.later(self._activation(self.up_proj.forward(x)))
 
 
 class DecoderLayer(Layer):
@@ -228,18 +228,19 @@ class DecoderLayer(Layer):
         x = stream.normed(self._attention_input)
         mixed = self.self_attn.forward(x, rotations, batch)
         if self._is_parallel:
-            stream.add(self._scaled(mixed.add_(self._mlp.forward(x))))
+            both = as_tensor(mixed).add_(as_tensor(self._mlp.forward(x)))
+            stream.add(self._scaled(both))
             return
         if self._attention_output is not None:
-            mixed = self._attention_output.forward(mixed)
+            mixed = self._attention_output.forward(as_tensor(mixed))
         stream.add(self._scaled(mixed))
         fed = self._mlp.forward(stream.normed(self._mlp_input))
         if self._mlp_output is not None:
-            fed = self._mlp_output.forward(fed)
+            fed = self._mlp_output.forward(as_tensor(fed))
         stream.add(self._scaled(fed))
 
-    def _scaled(self, delta: Tensor) -> Tensor:
-        return delta if self._scale == 1.0 else delta.mul_(self._scale)
+    def _scaled(self, delta: Tensor | Product) -> Tensor | Product:
+        return delta if self._scale == 1.0 else as_tensor(delta).mul_(self._scale)
 
 
 class Decoder(Layer):

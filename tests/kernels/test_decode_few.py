@@ -89,3 +89,20 @@ def test_prepared_inside_or_before_is_the_same(
     torch.testing.assert_close(out[real].float(), expected[real].float(), atol=TOLERANCE[dtype], rtol=0)
     assert not out[tokens - 1].any(), "an empty request was written"
     torch.testing.assert_close(cache.float(), written.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_a_dry_run_writes_no_cache() -> None:
+    """Warming up runs a step without keys and values of its own, before there is a cache."""
+    qkv = torch.randn(2, 4 * 64, device=DEVICE).half()
+    cache = torch.zeros(1, 2, 1, 16, 64, device=DEVICE).half()
+    lengths = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
+    nowhere = torch.full((2,), -1, device=DEVICE)
+    out = torch.zeros(2, 2, 64, device=DEVICE).half()
+    decode_few(
+        qkv, cache, torch.zeros(2, 1, dtype=torch.int32, device=DEVICE), lengths, out, norms=None,
+        table=torch.zeros(4, 0, 2, device=DEVICE), positions=torch.zeros_like(nowhere), slot_mapping=nowhere,
+        scale=1.0, window=None, softcap=None,
+    )  # fmt: skip
+    assert not cache.any()
+    # One token sees its own value alone.
+    torch.testing.assert_close(out[0], qkv[0, 3 * 64 :].expand(2, -1))

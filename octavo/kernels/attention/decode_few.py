@@ -61,11 +61,11 @@ def _see(
     return m_new, total, acc
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
+@triton.jit(do_not_specialize=["most_parts"], do_not_specialize_on_alignment=["positions", "slots"])
 def _decode_few(
     qkv, cache, block_table, seq_lens, positions, slots, rotations, q_weight, k_weight, out, partial, partial_lse,
     sinks, counts,
-    scale, softcap, eps, stride_token, out_stride_t, out_stride_h, table_stride, stride_block, stride_kv, stride_head,
+    most_parts, scale, softcap, eps, stride_token, out_stride_t, out_stride_h, table_stride, stride_block, stride_kv, stride_head,
     stride_slot,
     H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
@@ -82,7 +82,7 @@ def _decode_few(
     length = tl.load(seq_lens + request)
     first = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
     base = first // TILE * TILE
-    part_len = tl.cdiv(length - base, TILE * PARTS) * TILE
+    part_len = tl.cdiv(length - base, TILE * most_parts) * TILE
     low = base + part * part_len
     if low >= length:
         if PDL:
@@ -123,8 +123,9 @@ def _decode_few(
         turned = norm_rotate(k_row.to(tl.float32), wk, cos, sin, eps, D, D_PAD, 1, HAS_NORM, dtype)
         k_row = turned.to(dtype).to(cache.dtype.element_ty)
         to = cache + (place // PAGE) * stride_block + kv_head * stride_head + (place % PAGE) * stride_slot
-        tl.store(to + offs_d[None, :], k_row, mask=d_mask)
-        tl.store(to + stride_kv + offs_d[None, :], v_row, mask=d_mask)
+        is_kept = d_mask & (place >= 0)
+        tl.store(to + offs_d[None, :], k_row, mask=is_kept)
+        tl.store(to + stride_kv + offs_d[None, :], v_row, mask=is_kept)
         own_score = tl.sum(queries.to(tl.float32) * k_row.to(tl.float32), 1)[:, None] * scale
         if HAS_SOFTCAP:
             own_score = soft_cap(own_score, softcap)
@@ -189,12 +190,12 @@ def decode_few(
         norms: As ``norm_rotate_write_ref`` has it.
         table: ``[max_positions, R / 2, 2]`` float32 rotations.
         positions: ``[B]`` int64 rows of the table.
-        slot_mapping: ``[B]`` int64.
+        slot_mapping: ``[B]`` int64; -1 writes nothing to the cache.
         scale: Multiplies the products.
         window: Keys that a query sees, itself included.
         softcap: Bound of the scores.
         sinks: ``[H]``: a score of each head that takes part in the softmax and has no value.
-        parts: Most parts of one history, a power of two; chosen when not given.
+        parts: Most parts of one history, up to 16; chosen when not given.
 
     Everything but ``qkv`` is read before the kernels in front are done: it was complete when the last kernel that was
     not launched early began. The embedding of a step is one. Reference: ``norm_rotate_write_ref``, then
@@ -206,16 +207,16 @@ def decode_few(
     group, d_pad = num_heads // kv_heads, triton.next_power_of_2(size)
     # Keys and values of a tile are in registers: 512 bytes of each thread.
     tile = max(16, min(128, 128 * 128 * 2 // (d_pad * cache_NKGPD.element_size())))
-    parts = parts or max(1, min(_MAX_PARTS, _PROGRAMS // triton.next_power_of_2(kv_heads * requests)))
-    partial = torch.empty((requests * parts, num_heads, size), dtype=torch.float32, device=qkv.device)
-    partial_lse = torch.empty((requests * parts, num_heads), dtype=torch.float32, device=qkv.device)
+    parts = parts or max(1, min(_MAX_PARTS, _PROGRAMS // (kv_heads * requests)))
+    partial = torch.empty((requests * _MAX_PARTS, num_heads, size), dtype=torch.float32, device=qkv.device)
+    partial_lse = torch.empty((requests * _MAX_PARTS, num_heads), dtype=torch.float32, device=qkv.device)
     q_weight, k_weight, eps = norms or (qkv, qkv, 0.0)
     _decode_few[(kv_heads * parts, requests)](
         qkv, cache_NKGPD, block_table, seq_lens, positions, slot_mapping, table, q_weight, k_weight,
         out_THD, partial, partial_lse, out_THD if sinks is None else sinks, arrivals(qkv.device),
-        scale, softcap or 0.0, eps, qkv.stride(0), out_THD.stride(0), out_THD.stride(1), block_table.stride(0),
+        parts, scale, softcap or 0.0, eps, qkv.stride(0), out_THD.stride(0), out_THD.stride(1), block_table.stride(0),
         *cache_NKGPD.stride()[:4],
         num_heads, kv_heads, max(16, triton.next_power_of_2(group)), triton.next_power_of_2(group), size, d_pad,
-        table.shape[1], page, tile, parts, window or 0, norms is not None, softcap is not None, sinks is not None,
+        table.shape[1], page, tile, _MAX_PARTS, window or 0, norms is not None, softcap is not None, sinks is not None,
         "tf32" if qkv.element_size() == 2 else "ieee", has_pdl(), num_warps=4, **launch_options(),
     )  # fmt: skip

@@ -26,19 +26,10 @@ def _normed(xs, weight, scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def _row(x, delta, at, dtype: tl.constexpr, HAS_DELTA: tl.constexpr):
-    """A piece of the row, and of what is to be added to it, rounded as the residual stream is."""
-    xs = tl.load(x + at)
-    if HAS_DELTA:
-        xs = (xs.to(tl.float32) + tl.load(delta + at).to(tl.float32)).to(dtype)
-    return xs
-
-
-@triton.jit
 def _one_row(
-    x, delta, total, weight, bias, norm_weight, out, N, eps,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HELD: tl.constexpr, NORM: tl.constexpr,
-    HAS_DELTA: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    x, weight, bias, norm_weight, out, N, eps,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HELD: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
+    ADD: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The row is loaded once for every one of BN outputs: it comes from the cache of the multiprocessor, and lies in
     registers as the weights do, so that nothing has to change places between threads before the sums."""
@@ -47,7 +38,6 @@ def _one_row(
     at = weight + rows[:, None] * K + columns[None, :]
     up_at = at + N * K
     along = tl.zeros([BN], tl.int32)[:, None] + columns[None, :]
-    is_first = (rows == 0)[:, None]
     dtype: tl.constexpr = x.dtype.element_ty
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -64,22 +54,22 @@ def _one_row(
         tl.extra.cuda.gdc_wait()
     xs = ()
     for part in tl.static_range(HELD):
-        xs = xs + (_row(x, delta, along + part * BK, dtype, HAS_DELTA),)
+        xs = xs + (tl.load(x + along + part * BK),)
+    if ADD:
+        before = tl.load(out + rows).to(tl.float32)
     scale = tl.full([BN, 1], 1.0, tl.float32)
     if NORM:
         squares = tl.zeros([BN, BK], tl.float32)
         for part in tl.static_range(HELD):
             squares += xs[part].to(tl.float32) * xs[part].to(tl.float32)
         for k in tl.range(HELD * BK, K, BK, num_stages=1):
-            wide = _row(x, delta, along + k, dtype, HAS_DELTA).to(tl.float32)
+            wide = tl.load(x + along + k).to(tl.float32)
             squares += wide * wide
         scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
     acc = tl.zeros([BN, BK], tl.float32)
     up = tl.zeros([BN, BK], tl.float32)
     for part in tl.static_range(HELD):
         row = xs[part]
-        if HAS_DELTA:
-            tl.store(total + along + part * BK, row, mask=is_first)
         if NORM:
             row = _normed(row, held_norm[part], scale, dtype)
         acc += held[part].to(tl.float32) * row.to(tl.float32)
@@ -87,9 +77,7 @@ def _one_row(
             up += held_up[part].to(tl.float32) * row.to(tl.float32)
     for k in tl.range(HELD * BK, K, BK, num_stages=1):
         w = tl.load(at + k)
-        row = _row(x, delta, along + k, dtype, HAS_DELTA)
-        if HAS_DELTA:
-            tl.store(total + along + k, row, mask=is_first)
+        row = tl.load(x + along + k)
         if NORM:
             row = _normed(row, tl.load(norm_weight + along + k), scale, dtype)
         if ACT != PLAIN:
@@ -103,10 +91,16 @@ def _one_row(
         if HAS_BIAS:
             z += tl.load(bias + N + rows).to(tl.float32)
         y = activate(y, z, ACT, out.dtype.element_ty)
-    tl.store(out + rows, y.to(out.dtype.element_ty))
+    y = y.to(out.dtype.element_ty)
+    if ADD:
+        y = (before + y.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + rows, y)
 
 
-def one_row(x: Tensor, weight: Tensor, bias: Tensor | None, plan: OneRowPlan, *, act: str | None = None) -> Tensor:
+def one_row(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: OneRowPlan, *, norm: tuple[Tensor, float] | None = None,
+    act: str | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``x [1, K]`` times ``weight [N, K]``, contiguous, plus ``bias [N]``: ``[1, N]``. One launch.
 
     Args:
@@ -114,47 +108,20 @@ def one_row(x: Tensor, weight: Tensor, bias: Tensor | None, plan: OneRowPlan, *,
         weight: With ``act``, ``[2N, K]``, gates before ups.
         bias: As many as the weight has rows.
         plan: Its blocks divide the weight.
+        norm: Weight ``[K]`` and epsilon of an RMSNorm of the row, before the product.
         act: ``silu`` or ``gelu_tanh``, of the gate, times the up.
+        residual: ``[1, N]``, contiguous: the result is added to it, in place, and it is returned.
 
     Sums run in float32, and what would be a tensor between separate launches is rounded to x's dtype as there.
     """
-    return _launch(x, None, x, weight, bias, None, plan, act)
-
-
-def normed_row(
-    residual: Tensor, delta: Tensor | None, norm: tuple[Tensor, float], weight: Tensor, bias: Tensor | None,
-    plan: OneRowPlan, *, act: str | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As ``one_row`` for the RMSNorm of ``residual + delta``, both ``[1, K]`` and contiguous. One launch.
-
-    Args:
-        residual: Left as it is: other programs read it while one writes the sum.
-        delta: What is added to it; None for nothing.
-        norm: Weight ``[K]`` and epsilon.
-        weight: As ``one_row`` has it.
-        bias: As ``one_row`` has it.
-        plan: As ``one_row`` has it.
-        act: As ``one_row`` has it.
-
-    Returns:
-        The product, and ``residual + delta``: a tensor of its own, or ``residual`` where nothing is added.
-    """
-    total = residual if delta is None else torch.empty_like(residual)
-    return _launch(residual, delta, total, weight, bias, norm, plan, act), total
-
-
-def _launch(
-    x: Tensor, delta: Tensor | None, total: Tensor, weight: Tensor, bias: Tensor | None,
-    norm: tuple[Tensor, float] | None, plan: OneRowPlan, act: str | None,
-) -> Tensor:  # fmt: skip
     outputs, columns = weight.shape[0] // (1 if act is None else 2), weight.shape[1]
     assert outputs % plan.block_outputs == 0 and columns % plan.block_columns == 0
-    out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
+    out = torch.empty((1, outputs), dtype=x.dtype, device=x.device) if residual is None else residual
     norm_weight, eps = norm or (x, 0.0)
     _one_row[(outputs // plan.block_outputs,)](
-        x, x if delta is None else delta, total, weight, x if bias is None else bias, norm_weight, out, outputs, eps,
+        x, weight, x if bias is None else bias, norm_weight, out, outputs, eps,
         columns, plan.block_outputs, plan.block_columns, min(plan.held, columns // plan.block_columns),
-        norm is not None, delta is not None, ACTIVATIONS[act], bias is not None, has_pdl(),
+        norm is not None, ACTIVATIONS[act], residual is not None, bias is not None, has_pdl(),
         num_warps=plan.num_warps, **launch_options(),
     )  # fmt: skip
     return out
