@@ -65,7 +65,8 @@ def _see(
 def _decode_few(
     qkv, cache, block_table, seq_lens, positions, slots, rotations, q_weight, k_weight, out, partial, partial_lse,
     sinks, counts,
-    most_parts, scale, softcap, eps, stride_token, out_stride_t, out_stride_h, table_stride, stride_block, stride_kv, stride_head,
+    most_parts, scale, softcap, eps, stride_token, out_stride_t, out_stride_h, table_stride, stride_block, stride_kv,
+    stride_head,
     stride_slot,
     H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
