@@ -79,7 +79,12 @@ def generation_route(model: type[BaseModel], title: str) -> dict[str, Any]:
 def json_route(model: type[BaseModel] | None = None) -> dict[str, Any]:
     """Keywords for a route that answers with a JSON object."""
     extra = {} if model is None else {"openapi_extra": body_of(model)}
-    return {"response_model": None, **extra, "responses": error_responses(400, 401, 404, 413, 415, 429, 500, 503)}
+    late = [408] if model is not None and "timeout_ms" in model.model_fields else []
+    return {
+        "response_model": None,
+        **extra,
+        "responses": error_responses(400, 401, 404, *late, 413, 415, 429, 500, 503),
+    }
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,17 @@ def test_a_root_path_is_part_of_the_description(start_server: Callable[..., Serv
         assert client.get("/openapi.json").json()["servers"] == [{"url": "/llm"}]
 
 
+def test_whoever_can_be_late_says_so(client: httpx.Client) -> None:
+    seen = 0
+    for path, operations in client.get("/openapi.json").json()["paths"].items():
+        for operation in operations.values():
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            is_late = "timeout_ms" in body.get("properties", {})
+            assert ("408" in operation["responses"]) == is_late, path
+            seen += is_late
+    assert seen >= 8, "chat, completions, embeddings and their relatives"
+
+
 def test_docs_can_be_left_out(start_server: Callable[..., Server], client: httpx.Client) -> None:
     assert client.get("/docs").status_code == 200
     with start_server(disable_fastapi_docs=True).client() as bare:
