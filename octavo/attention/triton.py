@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.attention.backend import AttentionSpec, HeadPreparation
 from octavo.batch import AttentionMetadata, StepShape
 from octavo.kernels.attention.decode import WorkList, decode_attention, decode_tile, make_work_list
-from octavo.kernels.attention.decode_few import MAX_REQUESTS, decode_few
+from octavo.kernels.attention.decode_few import decode_few, suits
 from octavo.kernels.attention.kv_write import kv_write
 from octavo.kernels.attention.prefill import PrefillShape, make_tile_list, prefill_attention
 
@@ -86,8 +86,10 @@ class TritonBackend:
         self, step: StepShape, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, slot_mapping: Tensor
     ) -> TritonMetadata:
         """See AttentionBackend. Allocates and launches only: capturable for decodes, and for bounds of any step."""
+        spec = self._spec
         work = tiles = few = None
-        if not step.is_bound and step.max_query_len == 1 and step.num_reqs == step.num_tokens <= MAX_REQUESTS:
+        is_decode = not step.is_bound and step.max_query_len == 1 and step.num_reqs == step.num_tokens
+        if is_decode and suits(step.num_reqs, spec.num_heads, spec.num_kv_heads, spec.head_dim):
             few = FewDecodes(query_start_loc, seq_lens)
         elif step.is_bound or 1 in step.query_lens:
             work = self._cut(query_start_loc, seq_lens)

@@ -16,7 +16,7 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (IS_INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from octavo.kernels.attention.decode_few import decode_few  # noqa: E402
+from octavo.kernels.attention.decode_few import decode_few, suits  # noqa: E402
 from octavo.kernels.attention.reference import paged_attention_ref  # noqa: E402
 from octavo.kernels.rope import norm_rotate_write_ref  # noqa: E402
 
@@ -106,3 +106,10 @@ def test_a_dry_run_writes_no_cache() -> None:
     assert not cache.any()
     # One token sees its own value alone.
     torch.testing.assert_close(out[0], qkv[0, 3 * 64 :].expand(2, -1))
+
+
+def test_many_requests_and_wide_groups_go_the_other_way() -> None:
+    assert suits(4, 32, 8, 128) and suits(1, 8, 1, 128)
+    assert not suits(5, 32, 8, 128)
+    assert not suits(1, 8, 1, 256) and not suits(1, 71, 1, 64), "sums of all parts do not fit into registers"
+    assert not suits(4, 2048, 2048, 64), "counters"

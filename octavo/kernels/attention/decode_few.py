@@ -19,8 +19,10 @@ from octavo.kernels.attention.tiles import LOG2E, MASKED, add_sink, soft_cap
 from octavo.kernels.gpu.launch import MAX_ARRIVALS, arrivals, has_pdl, launch_options
 from octavo.kernels.gpu.rope import norm_rotate, rotation
 
-MAX_REQUESTS = 4
+_MAX_REQUESTS = 4
 """More are served faster by ``decode.py`` (H200, 2026-11-23: 8 requests of 512 tokens, 16.6 us here, 14.1 there)."""
+_MAX_GROUP = 1024
+"""Numbers of a group's queries, which whoever adds up has in registers for all parts: 8 heads of 128."""
 _MAX_PARTS = 16
 _PROGRAMS = 256
 """Two for each multiprocessor, so that all run at once."""
@@ -175,6 +177,12 @@ def _decode_few(
             tl.store(at_out, (summed / whole).to(out.dtype.element_ty), mask=is_real)
 
 
+def suits(num_reqs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
+    """Whether decodes of so many requests are faster so than by ``decode.py``."""
+    group = triton.next_power_of_2(num_heads // num_kv_heads) * triton.next_power_of_2(head_dim)
+    return num_reqs <= _MAX_REQUESTS and num_reqs * num_kv_heads <= MAX_ARRIVALS and group <= _MAX_GROUP
+
+
 def decode_few(
     qkv: Tensor, cache_NKGPD: Tensor, block_table: Tensor, seq_lens: Tensor, out_THD: Tensor, *,
     norms: tuple[Tensor, Tensor, float] | None, table: Tensor, positions: Tensor, slot_mapping: Tensor, scale: float,
@@ -204,7 +212,7 @@ def decode_few(
     """
     num_heads, size = out_THD.shape[1:]
     requests, kv_heads, page = len(qkv), cache_NKGPD.shape[2], cache_NKGPD.shape[3]
-    assert requests * kv_heads <= MAX_ARRIVALS
+    assert requests * kv_heads <= MAX_ARRIVALS, "see suits()"
     group, d_pad = num_heads // kv_heads, triton.next_power_of_2(size)
     # Keys and values of a tile are in registers: 512 bytes of each thread.
     tile = max(16, min(128, 128 * 128 * 2 // (d_pad * cache_NKGPD.element_size())))
