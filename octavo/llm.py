@@ -44,6 +44,7 @@ from octavo.pooling_outputs import (
 )
 from octavo.pooling_params import PoolingParams
 from octavo.sampling_params import RequestOutputKind, SamplingParams
+from octavo.utils.text import plural, shorten
 
 logger = logging.getLogger(__name__)
 Message = Mapping[str, Any]
@@ -57,6 +58,8 @@ class LLM:
         in_process: False puts the engine into a process of its own.
         engine_args: Any field of ``EngineArgs`` by name.
 
+    Environment variables of ``config/env.py`` fill in what no keyword says, and the log names those that were read.
+
     Raises:
         ConfigError: A keyword or its value is impossible; the message says what is possible.
         ModelNotFoundError, CheckpointError: The model cannot be found or read.
@@ -64,7 +67,10 @@ class LLM:
 
     def __init__(self, model: str | None = None, *, in_process: bool = True, **engine_args: Any) -> None:
         args = engine_args_from_keywords({"model": model, **engine_args}, logger.warning)
-        self._start(apply_environment(args, read_environment(os.environ)), in_process)
+        environment = read_environment(os.environ)
+        for note in environment.notes:
+            logger.warning("%s", note)
+        self._start(apply_environment(args, environment), in_process)
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs, *, in_process: bool = True) -> LLM:
@@ -420,10 +426,16 @@ def _one_each(name: str, given: Any, count: int, kind: type) -> list[Any]:
     """``count`` values, from one for all or one for each."""
     if given is None or isinstance(given, kind):
         return [given] * count
-    if not isinstance(given, Sequence) or len(cast("Sequence[Any]", given)) != count:
-        shown = f"{len(cast('Sequence[Any]', given))} of them" if isinstance(given, Sequence) else repr(given)
-        raise InvalidRequestError(f"{name}: {shown} for {count} prompts; give one for all or one each", param=name)
-    return list(cast("Sequence[Any]", given))
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise InvalidRequestError(
+            f"{name} is {shorten(repr(given))}, but must be of the type {kind.__name__}, or a list of such", param=name
+        )
+    values = list(cast("Sequence[Any]", given))
+    if len(values) != count:
+        raise InvalidRequestError(
+            f"{name}: {len(values)} for {plural(count, 'prompt')}; give one for all or one each", param=name
+        )
+    return values
 
 
 def _final_only(params: Any) -> Any:

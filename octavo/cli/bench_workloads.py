@@ -7,6 +7,7 @@ engine dies, the row says why and the rest goes on in a fresh process. Rows are 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from octavo.cli.bench_run import Task
 from octavo.cli.common import add_output_flags, set_up, tell
 from octavo.cli.machine import cpu_features, describe_machine, describe_source, describe_versions
 from octavo.config.args import EngineArgs
+from octavo.config.env import apply_environment, read_environment
 from octavo.config.flags import FlagParser, add_engine_flags, engine_args_from, to_argv
 from octavo.errors import ConfigError
 from octavo.utils.text import did_you_mean
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     names = workload_names(namespace.workloads)
     if namespace.repeats < 1 or namespace.time_limit <= 0:
         raise ConfigError("--repeats must be at least 1 and --time-limit above 0", param="repeats")
-    args = engine_args_from(namespace)
+    args = apply_environment(engine_args_from(namespace), read_environment(os.environ))
     if args.model is not None:
         raise ConfigError("model is given, but each workload has its own: leave it out", param="model")
     return Orchestrator(namespace, args, names, set(vars(namespace))).run(argv)
@@ -60,7 +62,7 @@ def make_parser() -> FlagParser:
     """The flags of the command."""
     parser = FlagParser(prog="octavo bench workloads", description=SUMMARY)
     group = parser.add_argument_group("Workload")
-    listed = "; ".join(f"{name}: {DESCRIPTIONS[name]}" for name in sorted(DESCRIPTIONS))
+    listed = "; ".join(f"{name}: {DESCRIPTIONS[name]}" for name in DESCRIPTIONS)
     group.add_argument(
         "--workloads",
         default="all",

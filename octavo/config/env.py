@@ -94,11 +94,11 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
 
 
 def apply_environment(args: EngineArgs, environment: Environment) -> EngineArgs:
-    """``args`` with what the environment says about settings that were left to us."""
+    """``args`` with what the environment says about settings that were left to us; ``auto`` was asked for, too."""
     changes: dict[str, Any] = {}
-    if environment.attention_backend is not None and args.attention_backend == "auto":
+    if environment.attention_backend is not None and args.attention_backend is None:
         changes["attention_backend"] = environment.attention_backend
-    if environment.allow_long_max_model_len and not args.allow_long_max_model_len:
+    if environment.allow_long_max_model_len and args.allow_long_max_model_len is None:
         changes["allow_long_max_model_len"] = True
     sized = args.kv_cache_memory_bytes is not None or args.num_gpu_blocks_override is not None
     if environment.cpu_kv_cache_bytes is not None and args.device != "cuda" and not sized:

@@ -128,7 +128,7 @@ def _device(
     return DeviceConfig(
         device_type=hardware.device_type,
         dtype=dtype,
-        attention_backend=args.attention_backend,
+        attention_backend=args.attention_backend or "auto",
         quantization=_quantization(args, model, prefers_int8, notes),
         num_threads=num_threads,
         enforce_eager=args.enforce_eager,
@@ -190,7 +190,7 @@ def _quantization(args: EngineArgs, model: ModelConfig, prefers_int8: bool, note
 
 
 def _max_model_len(args: EngineArgs, model: ModelConfig, stored: StoredPooling, notes: list[Decision]) -> int:
-    trained = stored.num_positions or model.max_position_embeddings
+    trained = stored.num_positions or model.max_length
     if args.max_model_len is None or args.max_model_len == "auto":
         reason = "what the model was trained for"
         default = trained

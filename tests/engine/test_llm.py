@@ -222,3 +222,26 @@ def test_start_up_problems_of_another_process_are_the_same(tiny_model: Path) -> 
                 in_process=in_process,
             )  # fmt: skip
         assert info.value.param == "max_model_len"
+
+
+def test_the_environment_is_honoured_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr("octavo.llm.logger.warning", lambda text, *values: notes.append(text % values))
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "no-such-thing")
+    monkeypatch.setenv("VLLM_USE_V1", "1")
+    with pytest.raises(ModelNotFoundError):
+        LLM("nowhere/to-be-found/at-all")
+    assert notes == [
+        "Read from the environment: VLLM_ATTENTION_BACKEND=no-such-thing.",
+        "Set but without effect in Octavo: VLLM_USE_V1.",
+    ]
+
+
+def test_parameters_of_another_type_are_named(text_llm: LLM) -> None:
+    wrong: Any = {"max_tokens": 2}
+    with pytest.raises(
+        InvalidRequestError, match=r"sampling_params is \{'max_tokens': 2\}, but must be of the type Sam"
+    ):
+        text_llm.generate("Hi", wrong)
+    with pytest.raises(InvalidRequestError, match="sampling_params: 1 for 2 prompts; give one for all or one each"):
+        text_llm.generate(["Hi", "Ho"], [SamplingParams()])

@@ -157,6 +157,15 @@ def test_a_dying_and_a_failing_engine_lose_no_other_run(
     assert "W3         m2  run 1: FAILED" in capsys.readouterr().err
 
 
+def test_the_environment_counts_here_too(fake_children: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "TORCH_SDPA")
+    assert main(["--output-dir", str(fake_children), "--repeats", "1", "--workloads", "W4"]) == 0
+    rows = ResultFile(fake_children / "results.jsonl").read()
+    (start,) = [row for row in rows if row["workload"] == "start"]
+    assert "--attention-backend=TORCH_SDPA" in start["argv"]
+    assert rows[0]["versions"]["torch"]
+
+
 def test_nothing_is_begun_after_the_time_limit(fake_children: Path) -> None:
     assert main(["--output-dir", str(fake_children), "--time-limit", "1", "--workloads", "W4"]) == 0
     rows = ResultFile(fake_children / "results.jsonl").read()

@@ -32,6 +32,12 @@ def test_a_flag_wins_over_the_environment() -> None:
     assert apply_environment(args, environment) == args
 
 
+def test_a_flag_wins_even_if_it_says_the_default() -> None:
+    environment = read_environment({"VLLM_ATTENTION_BACKEND": "a", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"})
+    args = EngineArgs(attention_backend="auto", allow_long_max_model_len=False)
+    assert apply_environment(args, environment) == args
+
+
 def test_the_space_for_a_cpu_is_not_for_a_gpu() -> None:
     environment = read_environment({"VLLM_CPU_KVCACHE_SPACE": "1"})
     assert apply_environment(EngineArgs(device="cuda"), environment).kv_cache_memory_bytes is None
