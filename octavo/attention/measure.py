@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.attention.backend import AttentionBackend, AttentionSpec, is_capturable
-from octavo.attention.registry import BACKENDS, choose_backend
+from octavo.attention.registry import BACKENDS, choose_backend, reason_against
 from octavo.batch import AttentionMetadata, StepShape
 from octavo.errors import ConfigError
 
@@ -66,7 +66,7 @@ def survey(spec: AttentionSpec, device_type: str) -> tuple[str, dict[str, str]]:
     reasons: dict[str, str] = {}
     for name in BACKENDS.names():
         try:
-            reasons[name] = BACKENDS.load(name).unsupported(spec, device_type) or ""
+            reasons[name] = reason_against(BACKENDS.load(name), spec, device_type) or ""
         except ConfigError as error:
             reasons[name] = f"it cannot be imported ({error.__cause__ or error.message})"
     try:

@@ -12,6 +12,12 @@ from octavo.attention.backend import AttentionBackend, AttentionSpec, unsupporte
 from octavo.errors import ConfigError
 from octavo.utils.registry import Registry
 
+
+def _spelling(name: str) -> str:
+    """``flash-attn`` is FLASH_ATTN, and so is FLASH_ATTN_VLLM_V1 of older scripts."""
+    return name.upper().replace("-", "_").removesuffix("_VLLM_V1")
+
+
 BACKENDS = Registry(
     "attention backend",
     "attention_backend",
@@ -32,11 +38,10 @@ BACKENDS = Registry(
         "SDPA": "TORCH_SDPA",
         "TORCH": "TORCH_SDPA",
         "TORCH_NATIVE": "TORCH_SDPA",
-        "FLASH_ATTN_VLLM_V1": "FLASH_ATTN",
         "FLEX": "FLEX_ATTENTION",
         "FA3": "FLASH_ATTN",
     },
-    normalise=str.upper,
+    normalise=_spelling,
 )
 AUTO_ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("CPU_PAGED", "TORCH_SDPA"),
@@ -62,7 +67,7 @@ def choose_backend(requested: str, spec: AttentionSpec, device_type: str) -> tup
     """
     if requested.lower() != "auto":
         backend: type[AttentionBackend] = BACKENDS.load(requested)
-        reason = _reason_against(backend, spec, device_type)
+        reason = reason_against(backend, spec, device_type)
         if reason is None:
             return backend, f"asked for as {requested!r}"
         others = _candidates(spec, device_type, except_for=backend.name)
@@ -104,10 +109,11 @@ def _candidate(name: str, spec: AttentionSpec, device_type: str) -> tuple[type[A
         backend: type[AttentionBackend] = BACKENDS.load(name)
     except ConfigError as error:
         return None, error.message
-    return backend, _reason_against(backend, spec, device_type)
+    return backend, reason_against(backend, spec, device_type)
 
 
-def _reason_against(backend: type[AttentionBackend], spec: AttentionSpec, device_type: str) -> str | None:
+def reason_against(backend: type[AttentionBackend], spec: AttentionSpec, device_type: str) -> str | None:
+    """Why a backend cannot serve ``spec``; None when it can."""
     return unsupported_direction(backend, spec) or backend.unsupported(spec, device_type)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octavo.checkpoint.config_reader import read_model_config
 from octavo.checkpoint.locate import locate_model
+from octavo.checkpoint.pooling_reader import read_pooling
 from octavo.cli.common import add_output_flags, set_up, tell
+from octavo.config.args import EngineArgs
 from octavo.config.flags import FlagParser
 from octavo.errors import ConfigError
 
@@ -66,7 +69,7 @@ def make_parser() -> FlagParser:
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Default: auto.")
     group.add_argument("--dtype", choices=DTYPES, help="Default: bfloat16 on a GPU, float32 on a CPU.")
     group.add_argument("--kv-cache-dtype", choices=DTYPES, help="Default: as --dtype.")
-    group.add_argument("--block-size", type=int, metavar="N", help="Default: 64 on a GPU, 16 on a CPU.")
+    group.add_argument("--block-size", type=int, metavar="N", help="16 to 256. Default: 64 on a GPU, 16 on a CPU.")
     group = parser.add_argument_group("Report")
     group.add_argument("--bench", action="store_true", help="Measure one layer of each usable backend.")
     group.add_argument("--json", action="store_true", help="As JSON.")
@@ -81,21 +84,25 @@ def spec_fields(namespace: argparse.Namespace, device: str, window: int | None) 
         ConfigError: A number is impossible.
     """
     heads, kv_heads, size = namespace.num_heads, namespace.num_kv_heads, namespace.head_dim
-    softcap, has_sinks = namespace.logit_softcap, namespace.sinks
+    softcap, has_sinks, is_bidirectional = namespace.logit_softcap, namespace.sinks, False
     if namespace.model is not None:
-        config = read_model_config(locate_model(namespace.model))
+        located = locate_model(namespace.model)
+        config = read_model_config(located)
         heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
         softcap, has_sinks = config.attention_softcap, config.has_sinks
+        is_bidirectional = read_pooling(located, config).is_encoder
     dtype = namespace.dtype or ("bfloat16" if device == "cuda" else "float32")
+    block_size = (64 if device == "cuda" else 16) if namespace.block_size is None else namespace.block_size
     fields = {
         "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": size,
-        "block_size": namespace.block_size or (64 if device == "cuda" else 16), "dtype": dtype,
+        "block_size": block_size, "dtype": dtype,
         "kv_dtype": namespace.kv_cache_dtype or dtype, "sliding_window": window,
-        "logit_softcap": softcap, "has_sinks": has_sinks,
+        "logit_softcap": softcap, "has_sinks": has_sinks, "is_bidirectional": is_bidirectional,
     }  # fmt: skip
     for name, value in fields.items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
-            raise ConfigError(f"{name} is {value}, but must be above 0", param=name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value}, but must be a number above 0", param=name)
+    EngineArgs(block_size=block_size)  # says which there are
     return fields
 
 
@@ -139,10 +146,11 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     window = f", window {spec['sliding_window']}" if spec["sliding_window"] else ""
     cap = f", softcap {spec['logit_softcap']}" if spec["logit_softcap"] else ""
     cap += ", sinks" if spec["has_sinks"] else ""
+    cap += ", to both sides" if spec["is_bidirectional"] else ""
     lines = [
         f"{spec['num_heads']} query heads, {spec['num_kv_heads']} KV heads of {spec['head_dim']}, {spec['dtype']}, "
         f"cache {spec['kv_dtype']} in blocks of {spec['block_size']}{window}{cap}, on {report['device']}",
-        f"auto takes {report['auto']}",
+        f"auto takes {report['auto']}" if "" in backends.values() else "auto finds none that serves these layers",
         *(f"  {name:<{width}}  {reason or 'usable'}" for name, reason in backends.items()),
     ]
     for case, found in report.get("times", {}).items():

@@ -27,12 +27,29 @@ def test_every_backend_is_listed_with_its_reason(capsys: pytest.CaptureFixture[s
     assert list(listed) == BACKENDS.names()
     assert listed["TORCH_SDPA"] == "usable"
     assert "NVIDIA" in listed["FLASHINFER"]
+    assert listed["ENCODER_SDPA"] == "it is for encoders"
 
 
 def test_the_model_says_what_its_layers_need(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(write_model(tmp_path, "m1", "tiny")), "--device", "cpu", "--json"]) == 0
     (report,) = json.loads(capsys.readouterr().out)
     assert (report["spec"]["num_heads"], report["spec"]["num_kv_heads"], report["spec"]["head_dim"]) == (4, 2, 16)
+
+
+def test_the_layers_of_an_encoder_look_to_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"architectures": ["BertModel"], "model_type": "bert", "hidden_size": 64, "num_attention_heads": 4,
+              "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 100,
+              "max_position_embeddings": 64}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main([str(tmp_path), "--device", "cpu"]) == 0
+    first, auto, *listed = capsys.readouterr().out.splitlines()
+    assert "to both sides" in first and auto.startswith("auto takes ENCODER_SDPA")
+    assert [line.split()[0] for line in listed if line.endswith("usable")] == ["ENCODER_SDPA"]
+
+
+def test_nothing_usable_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--num-heads", "5", "--num-kv-heads", "2", "--device", "cpu"]) == 1
+    assert capsys.readouterr().out.splitlines()[1] == "auto finds none that serves these layers"
 
 
 def test_times_are_measured_and_failures_told(
@@ -73,6 +90,12 @@ def test_rates_count_each_key_once_and_each_pair_that_is_seen(monkeypatch: pytes
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="head_dim is 0"):
         main(["--head-dim", "0"])
+    with pytest.raises(ConfigError, match="logit_softcap is nan"):
+        main(["--logit-softcap", "nan"])
+    with pytest.raises(ConfigError, match="block_size is 20, but must be a multiple of 16 from 16 to 256"):
+        main(["--block-size", "20"])
+    with pytest.raises(ConfigError, match="block_size is 0"):
+        main(["--block-size", "0"])
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="sees no CUDA device"):
             main(["--device", "cuda", "--bench"])
