@@ -52,6 +52,11 @@ class ServerConfig(GuardConfig):
     trust_request_chat_template: bool = setting(
         False, "switch", REQUESTS, "Let requests bring a chat template of their own; it runs bounded in a sandbox."
     )
+    strict_openai: bool = setting(
+        False, "switch", REQUESTS,
+        "Refuse what OpenAI refuses and this server would take: no model, a temperature above 2, more than 4 stop "
+        "texts.",
+    )  # fmt: skip
     chat_template_content_format: str = setting(
         "auto", "text", REQUESTS,
         "How templates get a message's content: as one string, or as a list of parts (openai). auto: by the template.",

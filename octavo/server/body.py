@@ -7,6 +7,7 @@ Sizes and deadlines are the matter of the limits in front (``server/limits.py``)
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -51,14 +52,32 @@ def parse_json(body: bytes) -> dict[str, Any]:
     try:
         value = from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
-        refusal = InvalidRequestError(f"could not parse the JSON body: {shorten(str(error), 200)}")
-        refusal.code = "invalid_json"
-        raise refusal from None
+        raise _no_number(body) or _no_json(error) from None
     if not isinstance(value, dict):
         refusal = InvalidRequestError(f"the body must be a JSON object, but is a {type(value).__name__}")
         refusal.code = "invalid_type"
         raise refusal
     return cast("dict[str, Any]", value)
+
+
+def _no_json(error: ValueError) -> InvalidRequestError:
+    refusal = InvalidRequestError(f"could not parse the JSON body: {shorten(str(error), 200)}")
+    refusal.code = "invalid_json"
+    return refusal
+
+
+def _no_number(body: bytes) -> InvalidRequestError | None:
+    """What to say of a body that would be JSON but for a NaN or an Infinity; None for another."""
+    try:
+        value = from_json(body, allow_inf_nan=True, cache_strings="keys")
+    except ValueError:
+        return None
+    fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    name = next((key for key, each in fields.items() if isinstance(each, float) and not math.isfinite(each)), None)
+    where = "the body has NaN or Infinity" if name is None else f"{name} is {fields[name]}"
+    refusal = InvalidRequestError(f"{where}, but must be a finite number: JSON has no other", param=name)
+    refusal.code = "invalid_type"
+    return refusal
 
 
 def check_body(model: type[M], body: Mapping[str, Any]) -> M:

@@ -32,6 +32,7 @@ from octavo.utils.text import shorten
 logger = logging.getLogger(__name__)
 R = TypeVar("R", bound=GenerationRequest)
 DEFAULT_TENANT = "default"
+STRICT_TEMPERATURE, STRICT_STOPS = 2, 4
 BYTES_PER_TOKEN, BYTES_PER_LOGPROB = 64, 100
 """About what a token, and one entry of its log-probabilities, take while they wait for a reader."""
 CHARS_PER_TOKEN_GUESS = 4
@@ -309,9 +310,33 @@ def check_generation(
     if isinstance(body.get("stream_options"), dict):
         refuse_unsupported(body["stream_options"], STREAM_OPTIONS, "stream_options.")
     fields = check_body(request_class, body)
+    if service.config.strict_openai:
+        _check_strictly(fields)
     model = check_model(service, fields.model)
     check_stream_options(fields)
     return fields, model
+
+
+def _check_strictly(request: GenerationRequest) -> None:
+    """Bounds of OpenAI's that are wider here by default, because clients of vLLM use that."""
+    refusal: InvalidRequestError | None = None
+    if request.model is None:
+        refusal = InvalidRequestError("model is missing, but is required under --strict-openai", param="model")
+        refusal.code = "missing_required_parameter"
+    elif request.temperature is not None and request.temperature > STRICT_TEMPERATURE:
+        refusal = InvalidRequestError(
+            f"temperature is {request.temperature:g}, but must be at most {STRICT_TEMPERATURE} under --strict-openai",
+            param="temperature",
+        )
+        refusal.code = "decimal_above_max_value"
+    elif isinstance(request.stop, list) and len(request.stop) > STRICT_STOPS:
+        refusal = InvalidRequestError(
+            f"stop has {len(request.stop)} texts, but must have at most {STRICT_STOPS} under --strict-openai",
+            param="stop",
+        )
+        refusal.code = "array_above_max_length"
+    if refusal is not None:
+        raise refusal
 
 
 def check_stream_options(request: GenerationRequest) -> None:

@@ -7,8 +7,10 @@ an ``OctavoError`` is logged, and the client reads that it happened.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import reprlib
 from collections.abc import MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -115,15 +117,31 @@ _CODES = {
     "string_too_short": "empty_string",
     "finite_number": "invalid_type",
     "bad_id": "invalid_value",
+    "out_of_bounds": "invalid_value",
     "empty_array": "empty_array",
 }
+
+
+class _Brief(reprlib.Repr):
+    """Looks at the beginning of a value only: one that is megabytes long is told of as fast as another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict, self.maxstring, self.maxlong = 4, 40, 20, 90, 90
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        # The base class would sort all of it first.
+        return super().repr_dict(dict(itertools.islice(x.items(), self.maxdict)), level)
+
+
+_BRIEF = _Brief()
 
 
 def from_validation(error: ValidationError) -> InvalidRequestError:
     """What pydantic found, as one error about the first field that is wrong."""
     found = error.errors(include_url=False, include_context=True, include_input=True)
-    # Of a union's branches, the one that came furthest is what the client meant.
-    first = max(found, key=lambda each: (len(_path(each["loc"])), -found.index(each)))
+    # Of a union's branches, the one that came furthest is what the client meant; of equals max takes the first.
+    first = max(found, key=lambda each: len(_path(each["loc"])))
     field = _param(_path(first["loc"]))
     kind, context = str(first["type"]), first.get("ctx") or {}
     refusal = InvalidRequestError(_words(field, kind, first, context), param=field or None)
@@ -165,7 +183,7 @@ def _words(field: str, kind: str, found: Any, context: dict[str, Any]) -> str:
         return f"{field} is missing, but is required"
     if kind == "value_error":
         return f"{field}: {context.get('error', found['msg'])}"
-    shown = shorten(repr(found.get("input")), 80)
+    shown = shorten(_BRIEF.repr(found.get("input")), 80)
     what = str(found["msg"])
     for opening in ("Input should be a valid ", "Input should be ", "List should have ", "String should have "):
         if what.startswith(opening):

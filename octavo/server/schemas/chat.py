@@ -6,26 +6,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from octavo.server.schemas.common import WHOLE, Count, GenerationRequest, RequestModel
+from octavo.server.schemas.common import WHOLE, Count, FreeTable, GenerationRequest, RequestModel
+from octavo.server.schemas.tables import texts_table
 
 MAX_MESSAGES = 100_000
 MAX_TOP_LOGPROBS = 2**31 - 1
+Document = Annotated[dict[str, str], texts_table(1000)]
 
 
 class TemplateFields(RequestModel):
     """How a conversation becomes a prompt."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] = Field(
         description="Role (system, developer, user, assistant or tool) and content each."
     )
     chat_template: Annotated[str, Field(max_length=1 << 20)] | None = Field(
         None, description="A Jinja template; needs --trust-request-chat-template, but for names of the model's own."
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the template.")
+    chat_template_kwargs: FreeTable | None = Field(None, description="Variables for the template.")
     add_generation_prompt: bool | None = Field(None, description="Open the assistant's turn. Default: true.")
     continue_final_message: bool | None = Field(None, description="Go on with the last message.")
     add_special_tokens: bool | None = Field(None, description="Add BOS and the like to the rendered text.")
-    documents: Annotated[list[dict[str, str]], Field(max_length=10_000)] | None = Field(
+    documents: Annotated[list[Document], Field(max_length=10_000, fail_fast=True)] | None = Field(
         None, description="Given to templates that know documents."
     )
 
@@ -43,9 +45,7 @@ class ChatRequest(GenerationRequest, TemplateFields):
     )
     include_reasoning: bool | None = Field(None, description="false: leave thoughts out of the answer.")
     safety_identifier: str | None = Field(None, description="Shown in the request log.")
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(
-        None, description="Shown in the request log."
-    )
+    metadata: Annotated[dict[str, str], texts_table(16)] | None = Field(None, description="Shown in the request log.")
     prompt_cache_key: str | None = Field(
         None, description="Prefixes are found by their content; requests with one key share them as all others do."
     )

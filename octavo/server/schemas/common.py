@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,6 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from octavo.sampling_params import RepetitionDetection, SamplingParams
+from octavo.server.schemas.tables import free_table, numbers_table
 
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
@@ -34,6 +36,12 @@ MAX_BIASES = 300_000
 def _whole(value: object) -> object:
     """JSON knows one kind of number: 2.0 is the integer 2."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("out_of_bounds", "at least 1, or -1 for as many as fit")
+    return value
 
 
 def _stops(value: object) -> object:
@@ -77,6 +85,7 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Count = Annotated[int, Field(ge=1, le=INT64_MAX), WHOLE]
+FreeTable = Annotated[dict[str, Any], free_table()]
 Milliseconds = Annotated[int, Field(ge=1, le=INT32_MAX), WHOLE]
 
 
@@ -104,7 +113,7 @@ class RepetitionFields(RequestModel):
 class GenerationRequest(RequestModel):
     """Fields of chat and text completions alike."""
 
-    model: Annotated[str, StringConstraints(max_length=10_000)] | None = Field(
+    model: Annotated[str, StringConstraints(max_length=1 << 16)] | None = Field(
         None, description="One of /v1/models; may be left out, as there is one model."
     )
     stream: bool | None = None
@@ -119,26 +128,26 @@ class GenerationRequest(RequestModel):
     repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=INT64_MAX), WHOLE] | None = None
     stop: Annotated[str | list[str] | None, STOPS] = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_IDS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT64_MAX), WHOLE] | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT32_MAX), WHOLE] | None = Field(
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT32_MAX), WHOLE, AfterValidator(_not_zero)] | None = Field(
         None, description="Keep only this many last tokens of the prompt; -1: as many as fit."
     )
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = Field(
+    logit_bias: Annotated[dict[str, float], numbers_table(MAX_BIASES)] | None = Field(
         None, description="Token id to a number from -100 to 100 that is added to its score."
     )
     prompt_logprobs: Annotated[int, Field(ge=-1, le=INT32_MAX), WHOLE] | None = None
-    logprob_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS)] | None = None
-    bad_words: Annotated[list[StopText], Field(max_length=1024)] | None = None
+    logprob_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)] | None = None
+    bad_words: Annotated[list[StopText], Field(max_length=1024, fail_fast=True)] | None = None
     repetition_detection: RepetitionFields | None = None
     thinking_token_budget: Annotated[int, Field(ge=-1, le=INT64_MAX), WHOLE] | None = None
     skip_reading_prefix_cache: bool | None = None
-    vllm_xargs: dict[str, Any] | None = Field(None, description="Arguments of logits processors of your own.")
+    vllm_xargs: FreeTable | None = Field(None, description="Arguments of logits processors of your own.")
     priority: Annotated[int, Field(ge=-INT64_MAX, le=INT64_MAX), WHOLE] | None = Field(
         None, description="Lower runs first; needs --scheduling-policy priority."
     )

@@ -51,7 +51,7 @@ def _ids(value: object) -> list[int]:
     ]
     for index, token_id in enumerate(ids):
         if type(token_id) is not int:
-            raise PydanticCustomError("int_type", "made of token ids: item {index} is no integer", {"index": index})
+            raise PydanticCustomError("bad_id", "made of token ids: item {index} is no integer", {"index": index})
         if not 0 <= token_id <= INT32_MAX:
             raise PydanticCustomError("bad_id", "made of token ids: item {index} is out of range", {"index": index})
     return cast("list[int]", ids)
