@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from octavo.checkpoint.code import FIELD, read_code
-from octavo.checkpoint.families import ARCHITECTURES, BOTH_WAYS, DEFAULTS, language_model
+from octavo.checkpoint.families import ARCHITECTURES, BOTH_WAYS, DEFAULTS, language_model, own_fields
 from octavo.checkpoint.files import read_json_object
 from octavo.checkpoint.foreign import foreign_defaults, has_unknown_layers
 from octavo.checkpoint.gguf_config import CONFIG_STRINGS, gguf_to_hf_config
@@ -94,10 +94,11 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
         )
     config, wrapper = language_model(config)
     config = expand_mla(config, file)
-    f = Fields(config, file)
-    model_type = config.get("model_type") if isinstance(config.get("model_type"), str) else ""
-    architecture = _architecture(f, str(model_type))
-    f.defaults = DEFAULTS.get(str(model_type)) or foreign_defaults(config)
+    model_type = str(config.get("model_type")) if isinstance(config.get("model_type"), str) else ""
+    f = Fields(own_fields(config, model_type), file)
+    architecture = _architecture(f, model_type)
+    f.is_foreign = model_type not in DEFAULTS
+    f.defaults = foreign_defaults(config) if f.is_foreign else DEFAULTS[model_type]
 
     vocab_size = f.integer("vocab_size", 1, MAX_DIMENSION)
     hidden_size = f.integer("hidden_size", 1, MAX_DIMENSION)
@@ -112,8 +113,8 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
     if num_heads % num_kv_heads:
         raise f.error("num_key_value_heads", f"is {num_kv_heads}, but must divide num_attention_heads ({num_heads})")
     max_positions = f.integer("max_position_embeddings", 1, 2**31 - 1)
-    windows = _windows(f, num_layers, str(model_type), max_positions)
     rope, local = (read_rope(f, head_dim, max_positions, kind) for kind in ("full_attention", "sliding_attention"))
+    windows = _windows(f, num_layers, rope.max_length(max_positions))
     quantization = f.mapping("quantization_config")
     g = Fields(generation, generation_file)
     eos = dict.fromkeys([*f.token_ids("eos_token_id", vocab_size), *g.token_ids("eos_token_id", vocab_size)])
@@ -131,7 +132,7 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
             max_position_embeddings=max_positions,
             rms_norm_eps=_norm_eps(f),
             rope=rope,
-            hidden_act=_hidden_act(f, str(model_type)),
+            hidden_act=_hidden_act(f, model_type),
             tie_word_embeddings=f.boolean("tie_word_embeddings", False),
             attention_bias=f.boolean("attention_bias", False),
             mlp_bias=f.boolean("mlp_bias", False),
@@ -146,8 +147,8 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
             residual_scale=f.number("residual_multiplier", 1.0, low=0.0),
             logit_scale=1.0 / f.number("logits_scaling", 1.0, low=1e-6),
             text_half_of=wrapper,
-            moe=read_moe(f, str(model_type), num_layers),
-            mla=read_mla(f, str(model_type)),
+            moe=read_moe(f, model_type, num_layers),
+            mla=read_mla(f, model_type),
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=tuple(eos),
             dtype=_dtype(f),
@@ -202,22 +203,22 @@ def _optional_positive(f: Fields, name: str) -> float | None:
     return None if f.get(name) is None else f.number(name, None, low=1e-6)
 
 
-def _windows(f: Fields, num_layers: int, model_type: str, max_positions: int) -> tuple[int | None, ...]:
+def _windows(f: Fields, num_layers: int, max_length: int) -> tuple[int | None, ...]:
     """[num_layers] windows, or empty when every layer sees everything."""
     if f.get("use_bidirectional_attention"):
         raise f.error("use_bidirectional_attention", "is set, but only attention to earlier tokens is supported")
     # Some write 0 for none.
     window = f.optional_integer("sliding_window", 0, 2**31 - 1) or None
-    if model_type not in DEFAULTS and has_unknown_layers(f.values):
+    if f.is_foreign and has_unknown_layers(f.values):
         return ()  # whoever has such a model knows what they are
     if f.values.get("layer_types") is not None:
         is_local = _stated_kinds(f, num_layers)
         if window is None and any(is_local):
             raise f.error("sliding_window", "is missing, but layer_types has sliding_attention layers")
     else:
-        is_local = _implied_kinds(f, num_layers, model_type)
+        is_local = _implied_kinds(f, num_layers)
     # A window as long as the longest text hides nothing.
-    if window is None or window >= max_positions or not any(is_local):
+    if window is None or window >= max_length or not any(is_local):
         return ()
     return tuple(window if local else None for local in is_local)
 
@@ -233,10 +234,10 @@ def _stated_kinds(f: Fields, num_layers: int) -> list[bool]:
     return [kind == "sliding_attention" for kind in cast("list[Any]", kinds)]
 
 
-def _implied_kinds(f: Fields, num_layers: int, model_type: str) -> list[bool]:
+def _implied_kinds(f: Fields, num_layers: int) -> list[bool]:
     """[num_layers] whether a layer has the window, by the rules of before ``layer_types``."""
     is_asked = f.get("use_sliding_window") is None or f.boolean("use_sliding_window", False)
-    if model_type == "llama" or not is_asked:
+    if not is_asked:
         return [False] * num_layers
     first = f.optional_integer("max_window_layers", 0, MAX_DIMENSION) or 0
     pattern = f.optional_integer("sliding_window_pattern", 1, MAX_DIMENSION)

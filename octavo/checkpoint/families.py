@@ -110,7 +110,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "qwen3": {"max_position_embeddings": 32768, "head_dim": 128, **_QWEN_WINDOW},
     "qwen3_moe": {
         "max_position_embeddings": 32768, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768, **_QWEN_WINDOW,
+        "moe_intermediate_size": 768, "use_sliding_window": False,
     },
     "qwen3_vl_text": {"max_position_embeddings": 128000, "head_dim": 128, "rope_theta": 5e5},
     "smollm3": {
@@ -119,6 +119,34 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 """By model type. A field that is there but null is left so."""
+
+_QWEN_VL = ("qwen2_vl_text", "qwen2_5_vl_text")
+_ASKED_WINDOW = ("qwen2", "qwen2_moe", "qwen3", "smollm3", *_QWEN_VL)
+_GRANITE = frozenset({"granite", "granitemoe"})
+READERS: Mapping[str, frozenset[str]] = {
+    "attention_multiplier": _GRANITE | {"deepseek_v2", "deepseek_v3"},  # of latent attention: from ``expand_mla``
+    "attn_logit_softcapping": frozenset({"gemma2"}),
+    "embedding_multiplier": _GRANITE,
+    "final_logit_softcapping": frozenset({"gemma2", "gemma3_text"}),
+    "hidden_activation": frozenset({"gemma", "gemma2", "gemma3_text"}),
+    "layer_types": frozenset({"gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", *_ASKED_WINDOW}),
+    "llama_4_scaling_beta": frozenset({"ministral3"}),
+    "logits_scaling": _GRANITE,
+    "max_window_layers": frozenset(_ASKED_WINDOW),
+    "no_rope_layer_interval": frozenset({"smollm3"}),
+    "no_rope_layers": frozenset({"smollm3"}),
+    "query_pre_attn_scalar": frozenset({"gemma2", "gemma3_text"}),
+    "residual_multiplier": _GRANITE,
+    "rope_local_base_freq": frozenset({"gemma3_text", "olmo3"}),
+    "sliding_window": frozenset(
+        {"gemma2", "gemma3_text", "gpt_oss", "ministral", "ministral3", "mistral", "mixtral", "olmo3", "phi3", "phimoe",
+         "qwen3_moe", *_ASKED_WINDOW}
+    ),
+    "sliding_window_pattern": frozenset({"gemma2", "gemma3_text", "gpt_oss", "olmo3"}),
+    "use_sliding_window": frozenset({"qwen3_moe", *_ASKED_WINDOW}),
+}  # fmt: skip
+"""Fields that some families compute with, and which: in the config.json of another family they mean nothing."""
+_ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DIMENSIONS: Mapping[str, tuple[int, int, int, int, int]] = {
@@ -138,6 +166,22 @@ _SHARED_FIELDS = ("bos_token_id", "eos_token_id", "quantization_config", "dtype"
 BOTH_WAYS = frozenset({"paligemma"})
 """Multimodal models whose language model would be another one if it were run by itself."""
 _RENAMED_TYPES = {"gemma3": "gemma3_text"}
+
+
+def own_fields(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """``config`` without what its family does not read.
+
+    Configs carry along what they were converted or trained with: a window of Mistral's in a Llama, say. All fields of a
+    family that is not known here are its own.
+    """
+    if model_type not in DEFAULTS:
+        return dict(config)
+    foreign = {name for name, readers in READERS.items() if model_type not in readers}
+    own = {name: value for name, value in config.items() if name not in foreign}
+    for name in _ROPE_OBJECTS:
+        if isinstance(own.get(name), dict):
+            own[name] = {key: value for key, value in own[name].items() if key not in foreign}
+    return own
 
 
 def language_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -60,8 +60,15 @@ def expand_mla(config: Mapping[str, Any], file: str) -> dict[str, Any]:
         weight, factor = s.number("mscale_all_dim", 0.0, low=0.0), s.number("factor", 1.0, low=1e-6)
         if weight and factor > 1:
             scale *= (0.1 * weight * math.log(factor) + 1.0) ** 2
+    # What stands within these objects would count before what is said here.
+    ropes = {
+        name: {key: value for key, value in each.items() if key != "partial_rotary_factor"}
+        for name in ("rope_parameters", "rope_scaling")
+        if isinstance(each := config.get(name), dict)
+    }
     return {
         **config,
+        **ropes,
         "head_dim": head_dim,
         "num_key_value_heads": f.integer("num_attention_heads", 1, _MAX),
         # Half a value more than it takes, so that rounding down gives the number whatever the division rounds to.

@@ -56,6 +56,8 @@ def read_rope(f: Fields, head_dim: int, max_positions: int, layer_kind: str = "f
         raise f.error("head_dim", f"gives {rotary_dim} rotated values, but must give an even number of at least 2")
     kind = s.string("rope_type", s.string("type", "default"))
     kind = _ALIASES.get(kind, kind)
+    if kind not in ROPE_TYPES and f.is_foreign:
+        return RopeConfig(theta, {**raw, "rope_type": kind}, partial)  # whoever has such a model knows what it is
     if kind not in ROPE_TYPES:
         raise s.error("rope_type", f"is {kind!r:.60}, but must be one of {', '.join(ROPE_TYPES)}")
     if kind == "default":

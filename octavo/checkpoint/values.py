@@ -25,6 +25,8 @@ class Fields:
         self.file = file
         self.where = where
         self.defaults: Mapping[str, Any] = {}
+        self.is_foreign = False
+        """Of a family that Octavo has no model for: what is not understood may be right all the same."""
 
     def error(self, name: str, reason: str) -> CheckpointError:
         """The error to raise about field ``name``."""

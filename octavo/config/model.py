@@ -23,6 +23,14 @@ class RopeConfig:
     scaling: Mapping[str, Any] = field(default_factory=dict[str, Any])
     partial_rotary_factor: float = 1.0
 
+    def max_length(self, trained: int) -> int:
+        """The longest text for a model of so many trained positions: YaRN's factor stretches the original ones, and
+        some configs leave ``max_position_embeddings`` at those."""
+        if self.scaling.get("rope_type") != "yarn":
+            return trained
+        original = self.scaling.get("original_max_position_embeddings", trained)
+        return max(trained, int(min(original * self.scaling.get("factor", 1.0), 2**31 - 1)))
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointCode:
@@ -119,6 +127,11 @@ class ModelConfig:
         for name in ("layer_windows", "layer_ropes"):
             if getattr(self, name) and len(getattr(self, name)) != self.num_layers:
                 raise ConfigError(f"model config: {name} must have one entry per layer", param=name)
+
+    @property
+    def max_length(self) -> int:
+        """The longest text, in tokens."""
+        return self.rope.max_length(self.max_position_embeddings)
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -22,13 +22,14 @@ class PhiForCausalLM(DecoderForCausalLM):
     )
 
     def options(self, config: ModelConfig) -> DecoderOptions:
-        """Nothing of it is optional but ``qk_layernorm``, which no released model has.
+        """Nothing of it is optional but ``qk_layernorm`` and tied embeddings, which no released model has.
 
         Raises:
-            ConfigError: The config asks for ``qk_layernorm``.
+            ConfigError: The config asks for one of them.
         """
-        if config.hf.get("qk_layernorm"):
-            raise ConfigError("qk_layernorm is not supported for Phi", param="qk_layernorm")
+        for name in ("qk_layernorm", "tie_word_embeddings"):
+            if config.hf.get(name):
+                raise ConfigError(f"{name} is true, which is not supported for Phi", param=name)
         return DecoderOptions(
             qkv_bias=True,
             output_bias=True,

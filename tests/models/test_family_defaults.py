@@ -6,6 +6,7 @@ Red when a family's default is missing from ``checkpoint/families.py`` or is ano
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from octavo.checkpoint.config_reader import read_model_config
-from octavo.checkpoint.families import ARCHITECTURES, DIMENSIONS
+from octavo.checkpoint.families import ARCHITECTURES, DEFAULTS, DIMENSIONS, READERS
 from octavo.checkpoint.locate import locate_model
 
 SIZES = {
@@ -69,6 +70,44 @@ def test_defaults_are_those_of_transformers(model_type: str, tmp_path: Path) -> 
     scale = getattr(reference, "query_pre_attn_scalar", None)
     scale = getattr(reference, "attention_multiplier", None) if scale is None else scale**-0.5
     assert config.attention_scale == scale
+
+
+STRAY: dict[str, Any] = {
+    "attention_multiplier": 0.3, "attn_logit_softcapping": 7.0, "embedding_multiplier": 3.0,
+    "final_logit_softcapping": 9.0, "hidden_activation": "relu", "layer_types": ["sliding_attention"] * 12,
+    "llama_4_scaling_beta": 0.5, "logits_scaling": 3.0, "max_window_layers": 2, "no_rope_layer_interval": 3,
+    "no_rope_layers": [0, 1] * 6, "query_pre_attn_scalar": 3, "residual_multiplier": 0.3, "rope_local_base_freq": 5.0,
+    "sliding_window": 16, "sliding_window_pattern": 3, "use_sliding_window": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_fields_of_other_families_mean_nothing(model_type: str, tmp_path: Path) -> None:
+    """Files carry along what they were converted from; transformers' classes do not look at it either."""
+    assert STRAY.keys() == READERS.keys()
+    rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    stray = {name: value for name, value in STRAY.items() if model_type not in READERS[name]}
+    found: list[Any] = []
+    for more in ({}, stray):
+        stated = {"model_type": model_type, **SIZES, "rope_scaling": {**rope, **more}, **more}
+        (tmp_path / "config.json").write_text(json.dumps(stated))
+        found.append(replace(read_model_config(locate_model(str(tmp_path))), hf={}))
+    assert found[0] == found[1]
+
+
+OUR_WORDS = frozenset({"llama_4_scaling_beta", "rope_local_base_freq", "sliding_window_pattern"})
+"""Of older files, or within ``rope_parameters``: transformers' classes have no attribute for them."""
+BEYOND = frozenset(
+    {("attn_logit_softcapping", "gemma3_text")}  # read there, and never used
+    | {("hidden_activation", "gemma"), ("max_window_layers", "smollm3")}  # in released files
+    | {("attention_multiplier", "deepseek_v2"), ("attention_multiplier", "deepseek_v3")}  # set by ``expand_mla``
+)
+
+
+@pytest.mark.parametrize("name", sorted(READERS.keys() - OUR_WORDS))
+def test_readers_of_a_field_are_those_whose_class_has_it(name: str) -> None:
+    theirs = {each for each in DEFAULTS if hasattr(CONFIG_MAPPING[each](), name)}
+    assert {each for each in theirs ^ READERS[name] if (name, each) not in BEYOND} == set()
 
 
 @pytest.mark.parametrize("model_type", sorted(DIMENSIONS))

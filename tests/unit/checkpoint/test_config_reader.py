@@ -92,6 +92,33 @@ def test_every_spelling_of_rope(rope: dict[str, Any], theta: float, scaling: dic
     assert dict(config.rope.scaling) == scaling
 
 
+def test_yarn_says_how_long_texts_may_be(tmp_path: Path) -> None:
+    """Qwen's advice for long texts is to set YaRN alone, with ``max_position_embeddings`` as it was in training."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    config = read(tmp_path, LLAMA, overrides={"rope_scaling": yarn})
+    assert (config.max_position_embeddings, config.max_length) == (512, 2048)
+    assert read(tmp_path, LLAMA | {"max_position_embeddings": 2048, "rope_scaling": yarn}).max_length == 2048
+    assert read(tmp_path, LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}}).max_length == 512
+    windowed = LLAMA | {"model_type": "mistral", "sliding_window": 600, "rope_scaling": yarn}
+    assert read(tmp_path, windowed).windows == (600,) * 4  # longer than the table, shorter than texts
+
+
+def test_latent_attention_rotates_what_it_says(tmp_path: Path) -> None:
+    """``partial_rotary_factor`` follows from the sizes of latent attention, whatever else the file says."""
+    latent = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    rope = {"rope_type": "default", "partial_rotary_factor": 0.5}
+    moe = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    config = read(tmp_path, LLAMA | latent | moe | {"model_type": "deepseek_v2", "rope_parameters": rope})
+    assert int(config.head_dim * config.rope.partial_rotary_factor) == 8
+
+
+def test_a_rope_type_of_an_unknown_family_is_left_to_its_code(tmp_path: Path) -> None:
+    """Its model may run with transformers' code; a layer of Octavo's that is built of it refuses it."""
+    rope = {"rope_type": "proportional", "rope_theta": 5.0}
+    config = read(tmp_path, LLAMA | {"model_type": "lfm9", "rope_parameters": rope})
+    assert (config.rope.theta, config.rope.scaling["rope_type"]) == (5.0, "proportional")
+
+
 def test_partial_rotary_factor(tmp_path: Path) -> None:
     assert read(tmp_path, LLAMA | {"partial_rotary_factor": 0.5}).rope.partial_rotary_factor == 0.5
 
@@ -141,9 +168,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 0.5}}, "rope_scaling.high_freq_factor is 0.5"),
     ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]}}, "short_factor must be a"),
     ({"rope_parameters": {"full_attention": {"rope_theta": -1}}}, "rope_parameters.full_attention.rope_theta is -1"),
-    ({"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of num_hidden_layers (4)"),
-    ({"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers must hold zeros"),
-    ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers must be a list of num_hidden_layers (4)"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers must hold zeros"),
+    ({"model_type": "gemma2", "attn_logit_softcapping": 0}, "attn_logit_softcapping is 0"),
     ({"model_type": "paligemma", "text_config": {"model_type": "gemma"}}, "'paligemma' attends to its prompt in both"),
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention is set"),
     ({"partial_rotary_factor": 2}, "partial_rotary_factor is 2"),
@@ -156,9 +183,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["os.system"]}, "architectures names 'os.system'"),
     ({"architectures": [], "model_type": "sphinx"}, "architectures is missing"),
     ({"quantization_config": "awq"}, "quantization_config is 'awq'"),
-    ({"layer_types": ["full_attention"]}, "layer_types must be a list of num_hidden_layers (4)"),
-    ({"layer_types": ["linear_attention"] * 4}, "layer_types holds 'linear_attention'"),
-    ({"layer_types": ["sliding_attention"] * 4}, "sliding_window is missing"),
+    ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "layer_types must be a list of num_hidden_layers (4)"),
+    ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 4}, "layer_types holds 'linear_attention'"),
+    ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "sliding_window is missing"),
     ({"hidden_size": None, "text_config": {"vocab_size": 0}}, "vocab_size is 0"),
 ]
 
