@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 CONFIG, MODEL = "AutoConfig", "AutoModelForCausalLM"
 INTERFACE = "octavo_paged"
 """Our name in transformers' table of attention functions."""
+_PADDING_CHECK = "warn_if_padding_and_no_attention_mask"
 _REFERENCE = re.compile(r"\w+\.\w+")
 _COMPUTED = ("vocab_size", "head_dim", *SYNONYMS)
 """What the engine asks of every config, and a config class may only have as a property."""
@@ -46,7 +47,15 @@ class Recipe:
 
     def make(self, dtype: torch.dtype) -> nn.Module:
         """The model, its attention bound to our interface. On the default device of torch."""
-        return self.model_class._from_config(self.config, attn_implementation=INTERFACE, dtype=dtype).eval()
+        model = self.model_class._from_config(self.config, attn_implementation=INTERFACE, dtype=dtype).eval()
+        for module in model.modules():
+            if hasattr(module, _PADDING_CHECK):
+                setattr(module, _PADDING_CHECK, _nothing)
+        return model
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Instead of a check that looks for padding, which there is none of: it would wait for the device each step."""
 
 
 def find_recipe(config: ModelConfig) -> Recipe:
@@ -68,8 +77,9 @@ def find_recipe(config: ModelConfig) -> Recipe:
             hf = config_class.from_dict({n: v for n, v in fields.items() if not _is_computed(config_class, n)})
         else:
             hf = AutoConfig.for_model(model_type, **fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise refusal(config.architecture, [f"transformers refuses its config: {error}"]) from error
+    except Exception as error:  # config classes check themselves, with exceptions of their own
+        reason = " ".join(str(error).split())[:300]
+        raise refusal(config.architecture, [f"transformers refuses its config: {reason}"]) from error
     return Recipe(hf, MODEL_FOR_CAUSAL_LM_MAPPING[type(hf)] if code is None else load_class(code, MODEL))
 
 

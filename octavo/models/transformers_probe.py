@@ -134,7 +134,7 @@ class _Recorder:
                 logit_softcap=options.get("softcap"),
             )
         )
-        return query.new_empty(query.shape).transpose(1, 2)
+        return query.new_empty(query.transpose(1, 2).shape)
 
 
 def split_head(model: nn.Module) -> nn.Module:
