@@ -102,7 +102,9 @@ def workload_names(text: str) -> list[str]:
     for name in asked:
         if name not in WORKLOADS:
             raise ConfigError(
-                f"workloads is {text!r}, but there is no {name!r}.{did_you_mean(name, WORKLOADS)}", param="workloads"
+                f"workloads is {text!r}, but there is no {name!r}.{did_you_mean(name, WORKLOADS)} There are "
+                f"{', '.join(DESCRIPTIONS)}.",
+                param="workloads",
             )
     return [name for name in WORKLOADS if name in asked]
 

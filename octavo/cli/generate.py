@@ -123,6 +123,11 @@ def _prompts(namespace: argparse.Namespace) -> list[str]:
         if sys.stdin.isatty():
             raise ConfigError('no prompt: give one with --prompt "...", --prompt-file, or a pipe', param="prompt")
         texts = [_read("-")]
+        if not texts[0].strip():
+            raise ConfigError(
+                'no prompt: give one with --prompt "..." or --prompt-file; nothing came on standard input',
+                param="prompt",
+            )
     if not texts or any(not text.strip() for text in texts):
         raise ConfigError("the prompt is empty", param="prompt")
     return texts

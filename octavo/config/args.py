@@ -127,8 +127,8 @@ class EngineArgs:
         optional=True,
     )  # fmt: skip
     block_size: int | None = setting(
-        None, "count", MEMORY, "Tokens per KV cache block, a multiple of 16. Default: 16.", low=16, high=256,
-        optional=True,
+        None, "count", MEMORY, "Tokens per KV cache block, a multiple of 16. Default: 64 on a GPU, 16 on a CPU.",
+        low=16, high=256, optional=True,
     )  # fmt: skip
     kv_cache_dtype: str = setting(
         "auto", "text", MEMORY, "Type of cached keys and values. auto: as --dtype.",

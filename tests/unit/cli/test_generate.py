@@ -68,6 +68,12 @@ def test_a_pipe_is_the_prompt(pipe: Callable[[str], None]) -> None:
     assert make.session.prompts == ["from a pipe"]
 
 
+def test_an_empty_pipe_is_told_from_an_empty_prompt(pipe: Callable[[str], None]) -> None:
+    pipe("\n")
+    with pytest.raises(OctavoError, match="no prompt: .* nothing came on standard input"):
+        main([], Maker())
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

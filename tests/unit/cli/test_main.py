@@ -35,6 +35,10 @@ def test_unknown_and_absent_commands(word: str, said: str, capsys: pytest.Captur
     ("error", "status", "said"),
     [
         (ConfigError("dtype is 'x', but must be y", param="dtype"), 2, "error: --dtype is 'x', but must be y\n"),
+        (ConfigError("a_b asks for 9, but 1 is free", param="a_b"), 2, "error: --a-b asks for 9, but 1 is free\n"),
+        (ConfigError("a_b (3) is less than c_d (4)", param="a_b"), 2, "error: --a-b (3) is less than c_d (4)\n"),
+        (ConfigError("a_b: no such file", param="a_b"), 2, "error: --a-b: no such file\n"),
+        (ConfigError("model config: x is 1", param="x"), 2, "error: model config: x is 1\n"),
         (ConfigError("OCTAVO_X is 1, but must be 2", param="OCTAVO_X"), 2, "error: OCTAVO_X is 1, but must be 2\n"),
         (ConfigError("the model has no tokenizer"), 1, "error: the model has no tokenizer\n"),
         (ModelNotFoundError("no model 'x'", param="model"), 1, "error: no model 'x'\n"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from octavo.config.args import EngineArgs
-from octavo.config.env import VARIABLES, Environment, apply_environment, read_environment
+from octavo.config.env import ELSEWHERE, VARIABLES, Environment, apply_environment, read_environment
+from octavo.config.server import ServerConfig
+from octavo.config.setting import settings_of
 from octavo.errors import ConfigError
 
 
@@ -66,3 +71,11 @@ def test_an_impossible_value_names_the_variable(name: str, value: str) -> None:
 
 def test_at_most_ten_variables() -> None:
     assert len(VARIABLES) <= 10
+
+
+def test_each_is_on_the_page_about_settings() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"^\| `OCTAVO_([A-Z_]+)`", page, re.MULTILINE))
+    assert told == {*VARIABLES, *ELSEWHERE}
+    flags = {name.replace("-", "_") for name in re.findall(r"`--([a-z-]+)", page)}
+    assert flags <= {*settings_of(EngineArgs), *settings_of(ServerConfig), "config", "help", "bench"}
