@@ -88,7 +88,8 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
     if str(config.get("model_type")) in BOTH_WAYS:
         reason = "attends to its prompt in both directions, which is not supported"
         raise CheckpointError(file, f"model_type {config['model_type']!r} {reason}")
-    if config.get("is_encoder_decoder") is True:
+    is_half = "encoder_layers" in config and "num_hidden_layers" not in config  # one half of such a model
+    if config.get("is_encoder_decoder") is True or is_half:
         raise CheckpointError(
             file, "is_encoder_decoder is true: a model with an encoder and a decoder is not supported"
         )

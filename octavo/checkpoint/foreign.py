@@ -23,12 +23,23 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
 _FALLBACK_POSITIONS = 2048
 
 
+_ENCODER = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "max_position_embeddings": 512}
+_ENCODERS: Mapping[str, Mapping[str, Any]] = {
+    "bert": _ENCODER,
+    "camembert": _ENCODER,
+    "modernbert": {"intermediate_size": 1152, "max_position_embeddings": 8192},
+    "roberta": _ENCODER,
+    "xlm-roberta": _ENCODER,
+}
+"""By model type: what the files of encoders leave out means this."""
+
+
 def foreign_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says under other names, in the form of a family's defaults.
 
     A feed-forward size that is nowhere stated is four times the hidden size, as in GPT-2.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(_ENCODERS.get(str(config.get("model_type")), {}))
     for name, others in SYNONYMS.items():
         if config.get(name) is not None:
             continue

@@ -64,7 +64,7 @@ def expand_mla(config: Mapping[str, Any], file: str) -> dict[str, Any]:
     ropes = {
         name: {key: value for key, value in each.items() if key != "partial_rotary_factor"}
         for name in ("rope_parameters", "rope_scaling")
-        if isinstance(each := config.get(name), dict)
+        if (each := f.mapping(name)) is not None
     }
     return {
         **config,

@@ -112,7 +112,8 @@ def _gguf_pooling(f: Fields) -> str | None:
 def _num_positions(f: Fields, model: ModelConfig) -> int | None:
     if not any(model.architecture.startswith(family) for family in _OFFSET_POSITIONS):
         return None
-    return model.max_position_embeddings - (f.optional_integer("pad_token_id", 0, 2**31 - 1) or 0) - 1
+    padding = f.optional_integer("pad_token_id", 0, 2**31 - 1)
+    return model.max_position_embeddings - (1 if padding is None else padding) - 1
 
 
 def _with_modules(stored: StoredPooling, folder: Path) -> StoredPooling:
@@ -140,20 +141,28 @@ def _with_modules(stored: StoredPooling, folder: Path) -> StoredPooling:
             raise CheckpointError(
                 str(file), f"has a module {kind!r:.80}; Transformer, Pooling and Normalize are supported"
             )
-    sentence_file = folder / "sentence_bert_config.json"
-    longest = None
-    if sentence_file.exists():
-        longest = Fields(read_json_object(sentence_file), str(sentence_file)).optional_integer(
-            "max_seq_length", 1, 2**31 - 1
-        )
+    s = _optional_file(folder / "sentence_bert_config.json")
     return StoredPooling(
         task="embed",
         is_encoder=stored.is_encoder,
         pooling_type=pooling_type,
         activation=activation,
-        max_seq_length=longest,
+        max_seq_length=s.optional_integer("max_seq_length", 1, 2**31 - 1),
         num_positions=stored.num_positions,
+        is_lower_case=s.boolean("do_lower_case", False),
+        default_prompt=_default_prompt(folder),
     )
+
+
+def _optional_file(file: Path) -> Fields:
+    return Fields(read_json_object(file) if file.exists() else {}, str(file))
+
+
+def _default_prompt(folder: Path) -> str | None:
+    f = _optional_file(folder / "config_sentence_transformers.json")
+    prompts = f.mapping("prompts") or {}
+    text = prompts.get(f.string("default_prompt_name", ""))
+    return text if isinstance(text, str) else None
 
 
 def _pooling_type(file: Path) -> str:

@@ -38,6 +38,10 @@ class StoredPooling:
     """Longest text that the authors recommend."""
     num_positions: int | None = None
     """Longest text that the position table allows, where that is not ``max_position_embeddings``."""
+    is_lower_case: bool = False
+    """Texts are put into small letters before they are tokenised."""
+    default_prompt: str | None = None
+    """What the authors' own program puts before a text that comes without a prompt; nobody does so here."""
 
 
 def resolve_pooling(
@@ -78,6 +82,9 @@ def resolve_pooling(
             activation = "none"
     what = f"{task}, {pooling_type} pooling, activation {activation}"
     notes.append(Decision("pooling", what, "pooler_config" if asked else "the model's files, else usual for its kind"))
+    if stored.default_prompt and task == "embed":
+        reason = f"write {stored.default_prompt!r:.100} before texts yourself, as sentence-transformers does unasked"
+        notes.append(Decision("prompt", "none", reason))
     return PoolingConfig(
         task=task,
         pooling_type=pooling_type,
@@ -85,6 +92,7 @@ def resolve_pooling(
         is_encoder=stored.is_encoder,
         num_labels=stored.num_labels if task == "classify" else 0,
         labels=stored.labels if task == "classify" else (),
+        is_lower_case=stored.is_lower_case,
     )
 
 

@@ -107,6 +107,8 @@ class PoolingConfig:
     """Scores of a classifier; 0 for embeddings."""
     labels: tuple[str, ...] = ()
     """Their names, where the model has any."""
+    is_lower_case: bool = False
+    """Texts are put into small letters before they are tokenised."""
 
 
 @dataclass(frozen=True, slots=True)

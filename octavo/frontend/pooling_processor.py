@@ -224,11 +224,13 @@ class PoolingProcessor:
             raise InvalidRequestError(
                 "a text needs a tokenizer, and --skip-tokenizer-init left it out: send prompt_token_ids", param="prompt"
             )
-        longest = CHARS_PER_TOKEN_GUESS * self._max_model_len
+        given, longest = text, CHARS_PER_TOKEN_GUESS * self._max_model_len
         if limit is not None:
             text, second = text[:longest], None if second is None else second[:longest]
         elif len(text) + len(second or "") > longest:
             self._refuse_length(f"{len(text) + len(second or '')} characters", "prompt")
+        if self._pooling.is_lower_case:
+            text, second = text.lower(), None if second is None else second.lower()
         ids, second_start = self._tokenizer.encode_pair(text, second, limit)
         if not ids:
             raise InvalidRequestError("the text is empty and has no tokens", param="prompt")
@@ -239,7 +241,7 @@ class PoolingProcessor:
                 f"the tokenizer gives the id {max(ids)}, but the model has {self._model.vocab_size} of them",
                 param="prompt",
             )
-        return _Checked(text if second is None else None, ids, second_start, salt)
+        return _Checked(given if second is None else None, ids, second_start, salt)
 
     def _check_ids(self, prompt: object, param: str, limit: int | None) -> list[int]:
         ids = as_token_ids(prompt, param)[:limit]

@@ -214,7 +214,8 @@ class RobertaPoolingModel(BertPoolingModel):
 
     def first_position(self, config: ModelConfig) -> int:
         """One more than the id of padding."""
-        padding = config.hf.get("pad_token_id", 1)
+        padding = config.hf.get("pad_token_id")
+        padding = 1 if padding is None else padding
         if not isinstance(padding, int) or not 0 <= padding < config.max_position_embeddings:
             raise ConfigError(
                 f"model config: pad_token_id is {padding!r:.60}, but must be an integer from 0", param="model"

@@ -60,6 +60,7 @@ class PooledDecoder(Layer):
             if pooling.task == "classify"
             else (*stored.ignored, "lm_head.", "score."),
             renames=stored.renames,
+            stacks=stored.stacks,
         )
 
     def slots(self, prefix: str = "") -> dict[str, ParameterSlot]:

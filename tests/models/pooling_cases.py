@@ -60,6 +60,18 @@ CASES = {
     "qwen3-last": Case("Qwen3ForCausalLM", {**DECODER, "tie_word_embeddings": True}, "lasttoken", without_prefix=True),
     "qwen3-mean": Case("Qwen3ForCausalLM", {**DECODER, "tie_word_embeddings": False}, "mean_tokens"),
     "mistral-last-window": Case("MistralModel", {**DECODER, "sliding_window": 20}, "lasttoken"),
+    "gpt-oss-last": Case(  # its experts are stored as stacks
+        "GptOssForCausalLM",
+        {
+            **DECODER,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 20,
+            "swiglu_limit": 7.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "lasttoken",
+    ),
     "qwen3-classes": Case("Qwen3ForSequenceClassification", {**DECODER, "num_labels": 3}),
     "llama-reward": Case("LlamaForSequenceClassification", {**DECODER, "num_labels": 1}),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,22 @@ def test_files_that_cannot_be_honoured(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(CheckpointError, match="no folder"):
         LLM(str(tmp_path), **settings)
+
+
+def test_what_sentence_transformers_does_with_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Small letters where its file asks for them; a prompt that it would put before texts is told of."""
+    case = CASES["bert-mean"]
+    save(case, make(case), tmp_path)
+    save_tokenizer(tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": None}))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 64, "do_lower_case": True}))
+    prompts = {"prompts": {"query": "search: ", "other": ""}, "default_prompt_name": "query"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    with caplog.at_level(logging.INFO), LLM(str(tmp_path), num_threads=1) as llm:
+        (output,) = llm.embed("W7 w8", use_tqdm=False)
+    assert (output.prompt, output.prompt_token_ids) == ("W7 w8", [2, 7, 8, 3])
+    assert "write 'search: ' before texts yourself" in caplog.text
 
 
 def test_many_readers_and_one_who_leaves(tmp_path: Path) -> None:

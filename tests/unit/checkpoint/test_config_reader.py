@@ -13,6 +13,7 @@ import pytest
 
 from octavo.checkpoint.config_reader import read_model_config
 from octavo.checkpoint.locate import LocatedModel
+from octavo.checkpoint.pooling_reader import read_pooling
 from octavo.config.model import ModelConfig
 from octavo.errors import CheckpointError, ModelNotFoundError
 from tests.unit.loader.builders import FFN, HEADS, HIDDEN, KV_HEADS, LAYERS, TOKENS, write_gguf
@@ -266,10 +267,20 @@ def test_code_of_the_model_is_not_run(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
+def test_encoders_that_leave_things_out(tmp_path: Path) -> None:
+    sizes = {key: value for key, value in LLAMA.items() if key != "max_position_embeddings"}
+    config = read(tmp_path, sizes | {"architectures": ["RobertaModel"], "model_type": "roberta"})
+    assert (config.hidden_act, config.rms_norm_eps, config.max_position_embeddings) == ("gelu", 1e-12, 512)
+    stored = read_pooling(LocatedModel("m", str(tmp_path), "none"), config)
+    assert stored.num_positions == 510  # padding is 1 where nobody says otherwise, and positions begin behind it
+
+
 def test_an_encoder_with_a_decoder_is_named_as_such(tmp_path: Path) -> None:
     """BART's and Whisper's files lack what is asked for next, which would be a puzzling thing to hear."""
     with pytest.raises(CheckpointError, match="an encoder and a decoder is not supported"):
         read(tmp_path, {"model_type": "bart", "is_encoder_decoder": True, "encoder_layers": 2})
+    with pytest.raises(CheckpointError, match="an encoder and a decoder is not supported"):
+        read(tmp_path, {"model_type": "bart", "architectures": ["BartForCausalLM"], "encoder_layers": 2})
 
 
 def test_overrides_win_and_are_checked(tmp_path: Path) -> None:
