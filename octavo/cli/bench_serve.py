@@ -96,7 +96,7 @@ def _add_server_flags(parser: FlagParser) -> None:
         "--backend", "--endpoint-type", default="openai", choices=tuple(ENDPOINTS),
         help="openai: text completions; openai-chat: chat completions.",
     )  # fmt: skip
-    group.add_argument("--base-url", metavar="URL", help="Of the server, without /v1. Wins over host and port.")
+    group.add_argument("--base-url", metavar="URL", help="Of the server, with or without /v1. Wins over host and port.")
     group.add_argument("--host", default="127.0.0.1", help="Default: 127.0.0.1.")
     group.add_argument("--port", type=int, default=8000, help="Default: 8000.")
     group.add_argument("--endpoint", metavar="PATH", help="Default: by backend.")
@@ -215,10 +215,11 @@ def _pairs(words: Sequence[str], param: str) -> dict[str, str]:
 
 def _target(namespace: argparse.Namespace, client: Any) -> Any:
     base = (namespace.base_url or f"http://{namespace.host}:{namespace.port}").rstrip("/")
+    root, endpoint = base.removesuffix("/v1"), namespace.endpoint or ENDPOINTS[namespace.backend]
     key = find_api_key(namespace.api_key)
     model = namespace.served_model_name or namespace.model
     if model is None:
-        names = OpenAIClient(f"{base}/v1", key).model_names()
+        names = OpenAIClient(f"{root}/v1", key).model_names()
         if not names:
             raise ServerError(f"{base} serves no model")
         model = names[0]
@@ -232,7 +233,7 @@ def _target(namespace: argparse.Namespace, client: Any) -> Any:
     given = {name: getattr(namespace, name) for name in SAMPLING if getattr(namespace, name) is not None}
     if "top_k" in given:
         given["top_k"] = int(given["top_k"])
-    is_chat = "chat" in (namespace.endpoint or ENDPOINTS[namespace.backend])
+    is_chat = "chat" in endpoint
     if namespace.ignore_eos:
         given["ignore_eos"] = True
     if namespace.logprobs is not None:
@@ -243,7 +244,7 @@ def _target(namespace: argparse.Namespace, client: Any) -> Any:
     if key:
         headers.setdefault("Authorization", f"Bearer {key}")
     return client.Target(
-        url=base + (namespace.endpoint or ENDPOINTS[namespace.backend]), is_chat=is_chat, model=model,
+        url=(root if endpoint.startswith("/v1/") else base) + endpoint, is_chat=is_chat, model=model,
         headers=headers, extra_body={**given, **extra}, timeout_s=namespace.timeout,
         keep_text=namespace.save_detailed,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from octavo.errors import ConfigError, OctavoError
 from octavo.utils.text import shorten
 
 DEFAULT_URL = "http://localhost:8000/v1"
+API_PATH = "/v1"
 KEY_VARIABLES = ("OCTAVO_API_KEY", "VLLM_API_KEY", "OPENAI_API_KEY")
 CONNECT_TIMEOUT_S = 10.0
 SILENCE_TIMEOUT_S = 600.0
@@ -48,7 +49,7 @@ class OpenAIClient:
     """Talks to one server.
 
     Args:
-        url: Base of the API, with ``/v1``.
+        url: Base of the API; without a path, that of OpenAI's (``/v1``) is meant.
         api_key: Sent as a bearer token.
 
     Raises:
@@ -63,10 +64,10 @@ class OpenAIClient:
             port = -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise ConfigError(f"url is {url!r}, but must be like {DEFAULT_URL}", param="url")
-        self.url = url.rstrip("/")
         self._host, self._port = parts.hostname, port
         self._is_https = parts.scheme == "https"
-        self._base = parts.path.rstrip("/")
+        self._base = parts.path.rstrip("/") or API_PATH
+        self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{self._base}"
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"

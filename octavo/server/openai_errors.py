@@ -25,6 +25,9 @@ from octavo.utils.text import shorten
 logger = logging.getLogger(__name__)
 MAX_MESSAGE_CHARS = 2000
 _TYPES = {401: "invalid_request_error", 403: "invalid_request_error", 429: "rate_limit_error"}
+_FINAL = {"request_timeout", "request_quarantined"}
+"""Codes that mean: not again. OpenAI's clients repeat whatever has status 408 or 5xx unless a header forbids it, and a
+request whose time is up, or that ends engines, would cost all of that twice more."""
 _VLLM_TYPES = {
     400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError",
     503: "ServiceUnavailableError",
@@ -83,6 +86,8 @@ def status_of(error: BaseException) -> int:
 def headers_of(error: BaseException) -> dict[str, str]:
     """Headers that belong to the error: ``Retry-After``, ``Allow`` and the like."""
     headers = dict(getattr(error, "headers", None) or {})
+    if isinstance(error, OctavoError) and error.code in _FINAL:
+        headers["X-Should-Retry"] = "false"
     retry_after_s = getattr(error, "retry_after_s", None)
     if isinstance(retry_after_s, int | float):
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))

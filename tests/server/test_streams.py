@@ -197,6 +197,7 @@ def test_abort_by_id(server: Server) -> None:
 def test_a_deadline_has_an_error_of_its_own(client: httpx.Client) -> None:
     late = client.post("/v1/completions", json={**LONG, "timeout_ms": 1})
     assert (late.status_code, late.json()["error"]["code"]) == (408, "request_timeout")
+    assert late.headers["x-should-retry"] == "false"  # OpenAI's clients would ask twice more
     with client.stream("POST", "/v1/completions", json={**LONG, "timeout_ms": 1, "stream": True}) as response:
         assert "request_timeout" in response.read().decode()
     in_time = client.post("/v1/completions", json={**LONG, "max_tokens": 1, "timeout_ms": 600_000})

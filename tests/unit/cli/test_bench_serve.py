@@ -65,7 +65,7 @@ def test_everything_is_written_down(tmp_path: Path, capsys: pytest.CaptureFixtur
         "--metric-percentiles", "50,99.9",
     ]  # fmt: skip
     with FakeServer() as server:
-        assert bench.main(["serve", "--base-url", server.url.removesuffix("/v1"), *flags]) == 0
+        assert bench.main(["serve", "--base-url", server.url, *flags]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["completed"] == 12 and result["failed"] == 0 and result["machine_name"] == "test"
     asked = server.requests[3:]  # a first one, and two to warm up

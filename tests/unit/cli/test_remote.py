@@ -96,6 +96,11 @@ def test_what_cannot_be_reached_or_understood(server: FakeServer, capsys: pytest
     assert "broke off before its end" in err and "cannot reach" in err
 
 
+def test_the_path_of_the_api_may_be_left_out(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert complete(["--url", server.url.removesuffix("/v1"), "-q", "hello"]) == 0
+    assert f"at {server.url}\n" in capsys.readouterr().err
+
+
 def test_leaving_an_answer_aborts_it() -> None:
     """Red when the client reads on, or leaves the connection open, after the user has had enough."""
     with FakeServer(delay_s=0.001) as server:
