@@ -7,10 +7,11 @@ Which one is used is said by ``octavo attention``. Papers: Dao et al., "FlashAtt
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import ClassVar
 
 from octavo.attention.backend import AttentionSpec
-from octavo.attention.libraries import Attend, find_flash, load_flash
+from octavo.attention.libraries import Attend, find_flash, load_flash, load_or_refuse
 from octavo.attention.library_prefill import LibraryPrefillBackend
 from octavo.attention.triton import TritonBackend
 
@@ -42,4 +43,4 @@ class FlashAttnBackend(LibraryPrefillBackend):
         library, reasons = find_flash(spec)
         assert library is not None, "unsupported() says when this backend cannot be used"
         logger.info("prompts are computed by %s%s", library.name, f" ({reasons})" if reasons else "")
-        return load_flash(library, spec)
+        return load_or_refuse(library.name, partial(load_flash, library, spec))

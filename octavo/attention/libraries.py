@@ -1,6 +1,7 @@
 """Attention libraries that may be installed, behind one signature: which serves a spec, and why the others do not.
 
-Nothing is imported to answer that; ``load`` imports the one that was found. Their functions are called with contiguous
+To answer that, nothing is imported but what ``auto`` would take: a library that was built for another torch is found
+by trying, and must not end a start. Their functions are called with contiguous
 keys and values, causally aligned at the end. Knows no pages. Measured on an H200 (2026-11-22): fa3-fwd 530-700 TFLOP/s,
 torch's own 300.
 """
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from octavo.attention.backend import AttentionSpec
+from octavo.errors import ConfigError
+from octavo.utils.text import shorten
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ FLASH_LIBRARIES = (
     Library("torch's varlen_attn", "torch.nn.attention.varlen", "varlen_attn", has_softcap=False),
 )  # fmt: skip
 """Fastest first. torch's own is always there; it is slower than the kernels of TRITON_ATTN."""
+BROKEN = (ImportError, OSError, AttributeError, RuntimeError)
+"""What importing a library raises that does not fit what else is installed."""
 XFORMERS = Library("xFormers", "xformers.ops", "memory_efficient_attention_forward", has_softcap=False)
 
 
@@ -99,10 +104,35 @@ def find_flash(spec: AttentionSpec) -> tuple[Library | None, str]:
     reasons: list[str] = []
     for library in FLASH_LIBRARIES:
         reason = library.unsupported(spec)
+        if reason is None and library.is_winner:
+            try:
+                load_flash(library, spec)
+            except BROKEN as error:
+                reason = f"it is installed, but cannot be loaded ({_line(error)})"
         if reason is None:
             return library, "; ".join(reasons)
         reasons.append(f"{library.name}: {reason}")
     return None, "; ".join(reasons)
+
+
+def load_or_refuse(name: str, load: Callable[[], Attend]) -> Attend:
+    """What ``load`` finds, for a library that was asked for.
+
+    Raises:
+        ConfigError: It is installed, but broken.
+    """
+    try:
+        return load()
+    except BROKEN as error:
+        raise ConfigError(
+            f"attention backend: {name} is installed, but cannot be loaded ({_line(error)}): install one that was "
+            f"built for torch {torch.__version__}, or choose another backend",
+            param="attention_backend",
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    return shorten(" ".join(str(error).split()), 200)
 
 
 def is_installed(module: str) -> bool:

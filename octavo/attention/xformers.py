@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 from octavo.attention.backend import AttentionSpec
-from octavo.attention.libraries import XFORMERS, Attend, load_xformers
+from octavo.attention.libraries import XFORMERS, Attend, load_or_refuse, load_xformers
 from octavo.attention.library_prefill import LibraryPrefillBackend
 from octavo.attention.triton import TritonBackend
 
@@ -22,4 +23,4 @@ class XformersBackend(LibraryPrefillBackend):
         return f"its decode is that of TRITON_ATTN: {reason}" if reason is not None else XFORMERS.unsupported(spec)
 
     def _load(self, spec: AttentionSpec) -> Attend:
-        return load_xformers(spec)
+        return load_or_refuse(XFORMERS.name, partial(load_xformers, spec))

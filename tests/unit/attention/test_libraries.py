@@ -17,6 +17,8 @@ from octavo.attention import flashinfer, libraries
 from octavo.attention.backend import AttentionSpec
 from octavo.attention.flashinfer import FlashInferBackend
 from octavo.attention.libraries import FLASH_LIBRARIES, XFORMERS, Lengths, find_flash, load_flash, load_xformers
+from octavo.attention.xformers import XformersBackend
+from octavo.errors import ConfigError
 from tests.unit.attention.test_torch_sdpa import check_backend, dense
 
 SPEC = AttentionSpec(
@@ -31,6 +33,7 @@ def installed(monkeypatch):
     names: set[str] = set()
     monkeypatch.setattr(libraries, "is_installed", lambda name: name in names)
     monkeypatch.setattr(libraries, "device_capability", lambda: (9, 0))
+    monkeypatch.setattr(libraries, "load_flash", lambda library, spec: None)
     return names
 
 
@@ -46,6 +49,24 @@ def test_the_fastest_library_that_fits_is_chosen(installed):
         assert library.name == "FlashAttention 2"
         assert because in reasons
         assert "flash_attn_interface is not installed" in reasons
+
+
+def test_a_library_that_does_not_fit_this_torch_is_passed_over(installed, monkeypatch):
+    installed |= {"fa3_fwd._C", "torch.nn.attention.varlen"}
+
+    def load(library, spec):
+        raise OSError("/x/fa3.so: undefined\n symbol: _ZN3c105")
+
+    monkeypatch.setattr(libraries, "load_flash", load)
+    library, reasons = find_flash(SPEC)
+    assert library.name == "torch's varlen_attn"
+    assert "fa3-fwd): it is installed, but cannot be loaded (/x/fa3.so: undefined symbol: _ZN3c105)" in reasons
+
+
+def test_one_that_was_asked_for_and_is_broken_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    with pytest.raises(ConfigError, match=r"xFormers is installed, but cannot be loaded \(import of xformers\.ops"):
+        XformersBackend(SPEC)
 
 
 def test_nothing_fits_and_every_reason_is_told(installed):
