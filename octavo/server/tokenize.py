@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter
 from starlette.requests import Request
+from starlette.responses import Response
 
 from octavo.errors import InvalidRequestError
+from octavo.server.answers import json_answer
 from octavo.server.body import check_body, read_json
 from octavo.server.chat_prompt import INLINE_CHARS, chat_options
 from octavo.server.models import check_model
@@ -16,13 +16,16 @@ from octavo.server.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from octavo.server.service import Service
 from octavo.server.unsupported import SHARED_TOKENS, refuse_unsupported
 
+MAX_CHARS = 4 << 20
+"""Longest text that is tokenized here: a megabyte takes the best part of a second and some hundred megabytes."""
+
 
 def make_router(service: Service) -> APIRouter:
     """The routes."""
     router = APIRouter(tags=["tokens"])
 
     @router.post("/tokenize", **json_route(TokenizeRequest))
-    async def tokenize(request: Request) -> dict[str, Any]:
+    async def tokenize(request: Request) -> Response:
         """Token ids of a text or of a rendered conversation."""
         body = await read_json(request)
         refuse_unsupported(body, SHARED_TOKENS)
@@ -34,35 +37,50 @@ def make_router(service: Service) -> APIRouter:
         tokenizer = engine.tokenizer
         is_long = fields.prompt is None or len(fields.prompt) > INLINE_CHARS
 
-        def run() -> list[int]:
+        def run() -> Response:
             if fields.messages is None:
-                return tokenizer.encode(fields.prompt or "", fields.add_special_tokens is not False)
-            options = chat_options(service, fields)
-            text = tokenizer.chat_templates.render(fields.messages, options)
-            return tokenizer.encode(text, options.add_special_tokens)
+                text, special = fields.prompt or "", fields.add_special_tokens is not False
+            else:
+                options = chat_options(service, fields)
+                text, special = tokenizer.chat_templates.render(fields.messages, options), options.add_special_tokens
+            _check_length(text, "prompt" if fields.messages is None else "messages")
+            ids = tokenizer.encode(text, special)
+            return json_answer(
+                {
+                    "count": len(ids),
+                    "max_model_len": engine.ready.config.scheduler.max_model_len,
+                    "tokens": ids,
+                    "token_strs": tokenizer.convert_ids_to_tokens(ids) if fields.return_token_strs else None,
+                }
+            )
 
-        ids = await service.in_thread(run) if is_long else run()
-        return {
-            "count": len(ids),
-            "max_model_len": engine.ready.config.scheduler.max_model_len,
-            "tokens": ids,
-            "token_strs": tokenizer.convert_ids_to_tokens(ids) if fields.return_token_strs else None,
-        }
+        return await service.in_thread(run) if is_long else run()
 
     @router.post("/detokenize", **json_route(DetokenizeRequest))
-    async def detokenize(request: Request) -> dict[str, Any]:
+    async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         fields = check_body(DetokenizeRequest, await read_json(request))
         check_model(service, fields.model)
         engine = service.need_engine
         size = max(len(engine.tokenizer), engine.ready.config.model.vocab_size)
-        for index, token_id in enumerate(fields.tokens):
-            if token_id >= size:
-                raise InvalidRequestError(
-                    f"tokens[{index}] is {token_id}, but must be below {size}", param=f"tokens[{index}]"
-                )
-        if len(fields.tokens) > INLINE_CHARS:
-            return {"prompt": await service.in_thread(engine.tokenizer.decode, fields.tokens)}
-        return {"prompt": engine.tokenizer.decode(fields.tokens)}
+        if fields.tokens and max(fields.tokens) >= size:
+            index = next(index for index, token_id in enumerate(fields.tokens) if token_id >= size)
+            raise InvalidRequestError(
+                f"tokens[{index}] is {fields.tokens[index]}, but must be below {size}", param=f"tokens[{index}]"
+            )
+
+        def run() -> Response:
+            return json_answer({"prompt": engine.tokenizer.decode(fields.tokens)})
+
+        return await service.in_thread(run) if len(fields.tokens) > INLINE_CHARS else run()
 
     return router
+
+
+def _check_length(text: str, param: str) -> None:
+    if len(text) > MAX_CHARS:
+        refusal = InvalidRequestError(
+            f"{param} has {len(text):,} characters, but at most {MAX_CHARS:,} are tokenized at once", param=param
+        )
+        refusal.code = "string_above_max_length"
+        raise refusal

@@ -59,6 +59,9 @@ def told(response: httpx.Response) -> tuple[int, str | None, str | None]:
         (TEXT, {"prompt": "word " * 4000}, "context_length_exceeded", "prompt"),
         (TEXT, {"prompt": ["x"] * 1025}, "array_above_max_length", "prompt"),
         (TEXT, {"vllm_xargs": DEEP}, "invalid_value", "vllm_xargs"),
+        ("/tokenize", {"prompt": "word " * (1 << 20)}, "string_above_max_length", "prompt"),
+        ("/tokenize", {"prompt": None, "messages": [{"role": "user", "content": "word " * (1 << 20)}]},
+         "string_above_max_length", "messages"),
         ("/tokenize", {"prompt": None, "messages": [1]}, "invalid_type", "messages[0]"),
     ],
 )  # fmt: skip

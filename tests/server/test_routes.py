@@ -174,6 +174,8 @@ def test_busy_routes_need_no_framework(server: Server) -> None:
     direct = make_routes(server.service).direct
     assert {("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/embeddings")} <= set(direct)
     assert {("GET", "/health"), ("GET", "/livez"), ("GET", "/metrics")} <= set(direct)
+    # An answer of a million ids would hold up the event loop for seconds there.
+    assert {("POST", "/tokenize"), ("POST", "/detokenize")} <= set(direct)
     assert not any("{" in path for _, path in direct)
 
 

@@ -139,6 +139,23 @@ def test_a_long_text_of_few_tokens_still_fits(inputs: InputProcessor) -> None:
     assert len(ids) == 25
 
 
+@pytest.mark.parametrize("text", ["the quick brown fox jumps over the lazy dog, ", "<|im_start|>", "x", "你好，世界。"])
+def test_of_a_long_text_of_which_the_end_is_kept_not_much_more_is_read(
+    inputs: InputProcessor, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    long, lengths, encode = text * 20_000, list[int](), Tokenizer.encode
+
+    def counted(self: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+        lengths.append(len(text))
+        return encode(self, text, add_special_tokens)
+
+    whole = byte_level.encode(long)
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    for keep, num in ((-1, MAX_LEN - 1), (10, 10), (10**6, MAX_LEN - 1)):
+        assert inputs.tokenize(long, keep=keep)["prompt_token_ids"] == whole[-num:]
+    assert max(lengths) < 20_000
+
+
 def test_max_tokens_none_runs_to_the_end_of_the_context(inputs: InputProcessor) -> None:
     assert resolved(inputs, [1] * 10, max_tokens=None).max_tokens == MAX_LEN - 10
     assert resolved(inputs, [1] * 10, max_tokens=5).max_tokens == 5
