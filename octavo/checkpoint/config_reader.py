@@ -28,6 +28,7 @@ from octavo.errors import CheckpointError, ConfigError, ModelNotFoundError
 
 _HAS_SINKS = frozenset({"gpt_oss"})
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+_OLDER_ROPE = ("rope_scaling", "rope_theta", "partial_rotary_factor")
 _DTYPES = ("float32", "float16", "bfloat16")
 _GENERATION_FIELDS = ("temperature", "top_p", "min_p", "repetition_penalty")
 MAX_DIMENSION = 1 << 24
@@ -51,6 +52,7 @@ def read_model_config(
     Raises:
         ModelNotFoundError: The folder has no config.json.
         CheckpointError: A field is missing, of the wrong type or out of range; names the file and the field.
+        ConfigError: An override does not say which of several values it means.
     """
     path = Path(located.path)
     generation: dict[str, Any] = {}
@@ -70,10 +72,7 @@ def read_model_config(
     config.pop(FIELD, None)
     if code is not None and run_code is not None and (stated := run_code(code, config)) is not None:
         code, config = replace(code, is_trusted=True), stated
-    for name, value in (hf_overrides or {}).items():
-        old = config.get(name)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        config[name] = {**cast("dict[str, Any]", old), **cast("dict[str, Any]", value)} if both else value
+    _override(config, hf_overrides or {})
     try:
         made = _model_config(config, generation, str(file), str(generation_file))
     except CheckpointError as exc:
@@ -82,6 +81,31 @@ def read_model_config(
         hint = "the checkpoint's own config class may know better, but its code runs only with --trust-remote-code"
         raise CheckpointError(exc.file, f"{exc.reason} ({hint})") from exc
     return made if code is None else replace(made, code=code)
+
+
+def _override(config: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Put fields over those of ``config``. What older files call RoPE's settings counts in newer ones too."""
+    for name, value in overrides.items():
+        config[name] = _merged(config.get(name), value)
+    older = [name for name in _OLDER_ROPE if name in overrides]
+    rope = config.get("rope_parameters")
+    if not older or "rope_parameters" in overrides or not isinstance(rope, dict):
+        return
+    if any(isinstance(each, dict) for each in cast("dict[str, Any]", rope).values()):
+        raise ConfigError(
+            f"hf_overrides sets {older[0]}, but this model has rope_parameters for each kind of layer: override those",
+            param="hf_overrides",
+        )
+    for name in older:
+        value = config.pop(name)
+        rope = _merged(rope, value if name == "rope_scaling" else {name: value})
+    config["rope_parameters"] = rope
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {**cast("dict[str, Any]", old), **cast("dict[str, Any]", new)}
+    return new
 
 
 def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str, generation_file: str) -> ModelConfig:

@@ -15,7 +15,7 @@ from octavo.checkpoint.config_reader import read_model_config
 from octavo.checkpoint.locate import LocatedModel
 from octavo.checkpoint.pooling_reader import read_pooling
 from octavo.config.model import ModelConfig
-from octavo.errors import CheckpointError, ModelNotFoundError
+from octavo.errors import CheckpointError, ConfigError, ModelNotFoundError
 from tests.unit.loader.builders import FFN, HEADS, HIDDEN, KV_HEADS, LAYERS, TOKENS, write_gguf
 
 LLAMA: dict[str, Any] = {
@@ -291,6 +291,20 @@ def test_overrides_win_and_are_checked(tmp_path: Path) -> None:
     assert config.rope.scaling["factor"] == 3.0
     with pytest.raises(CheckpointError, match="num_hidden_layers is 0"):
         read(tmp_path, LLAMA, overrides={"num_hidden_layers": 0})
+
+
+def test_overrides_of_rope_count_whatever_words_the_file_uses(tmp_path: Path) -> None:
+    stored = LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0, "partial_rotary_factor": 0.5}}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    config = read(tmp_path, stored, overrides={"rope_scaling": yarn})
+    assert (config.rope.theta, config.rope.partial_rotary_factor) == (5.0, 0.5)
+    assert (config.rope.scaling["rope_type"], config.max_length) == ("yarn", 2048)
+    assert read(tmp_path, stored, overrides={"rope_theta": 7.0}).rope.theta == 7.0
+    assert read(tmp_path, stored, overrides={"partial_rotary_factor": 0.25}).rope.partial_rotary_factor == 0.25
+    assert read(tmp_path, stored, overrides={"rope_parameters": {"rope_theta": 8.0}}).rope.theta == 8.0
+    two = LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 5.0}, "sliding_attention": {}}}
+    with pytest.raises(ConfigError, match="sets rope_theta, but this model has rope_parameters for each kind"):
+        read(tmp_path, two, overrides={"rope_theta": 7.0})
 
 
 # --- GGUF ---
