@@ -17,6 +17,7 @@ import octavo
 from octavo.config.args import EngineArgs
 from octavo.config.engine import Decision, EngineConfig
 from octavo.config.kv_cache_size import size_kv_cache
+from octavo.config.model import RopeConfig
 from octavo.config.resolve import resolve
 from octavo.errors import ConfigError, OctavoError
 
@@ -263,3 +264,12 @@ def test_any_size_either_holds_one_request_or_is_refused(available: int, wanted:
         assert needed <= available
         assert result.num_blocks * report.kv_spec.bytes_per_block <= available
         assert result.max_concurrency >= 1.0
+
+
+def test_yarn_allows_longer_texts_than_the_table_says(located: Any) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    model = dataclasses.replace(make_model(), rope=RopeConfig(scaling=scaling))
+    assert settle(located, model).scheduler.max_model_len == 8192
+    assert settle(located, model, max_model_len=4096).scheduler.max_model_len == 4096
+    with pytest.raises(ConfigError, match=r"trained for 8,192 tokens"):
+        settle(located, model, max_model_len=8193)
