@@ -27,14 +27,25 @@ def as_token_ids(prompt: object, param: str) -> list[int]:
 
 
 def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Look at each item; after the length was checked, because this takes time for each.
+    """Look at each item; after the length was checked, because this takes time for each. Those that are right, as
+    nearly all are, are gone through without a line of Python for each.
 
     Raises:
         InvalidRequestError: One is no integer in ``[0, vocab_size)``; says which.
     """
+    if all_in_range(ids, vocab_size):
+        return
     for position, token_id in enumerate(ids):
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise InvalidRequestError(
                 f"{param}[{position}] is {str(token_id)[:40]}, but must be a token id: an integer in [0, {vocab_size})",
                 param=param,
             )
+
+
+def all_in_range(ids: Sequence[object], end: int) -> bool:
+    """Whether all are integers (no bool is) in ``[0, end)``."""
+    if set(map(type, ids)) != {int}:
+        return False
+    numbers = cast("Sequence[int]", ids)
+    return min(numbers) >= 0 and max(numbers) < end

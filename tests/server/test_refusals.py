@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from octavo.server.openai_errors import from_validation
 from octavo.server.schemas.chat import ChatRequest
-from octavo.server.schemas.completions import CompletionRequest
+from octavo.server.schemas.completions import MAX_IDS, CompletionRequest
 from octavo.server.schemas.pooling import EmbeddingRequest, RerankRequest
 from octavo.server.schemas.tokens import AbortRequest, DetokenizeRequest, TokenizeRequest
 from tests.server.conftest import Server
@@ -22,6 +22,13 @@ HI = [{"role": "user", "content": "Hi"}]
 MANY = 100_000
 DEEP: dict[str, Any] = {"a": [[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]}
 IMAGE = {"type": "image_url", "image_url": {"url": "http://a.example/b"}}
+
+
+class Untouchable(str):
+    """Not to be shown."""
+
+    def __repr__(self) -> str:
+        raise AssertionError("looked at")
 
 
 def told(response: httpx.Response) -> tuple[int, str | None, str | None]:
@@ -145,11 +152,16 @@ def test_of_many_wrong_items_the_first_is_told_and_no_other_looked_at(
     assert (refusal.param or "").partition("[")[0] in body and len(refusal.message) < 300
 
 
-def test_a_value_is_shown_by_its_beginning() -> None:
-    class Untouchable(str):
-        def __repr__(self) -> str:
-            raise AssertionError("looked at")
+def test_a_prompt_of_more_ids_than_any_context_is_not_gone_through() -> None:
+    half = [Untouchable("x")] * (MAX_IDS // 2 + 1)
+    for prompt in (half * 2, [[1] * (MAX_IDS // 2), half]):
+        with pytest.raises(ValidationError) as caught:
+            CompletionRequest.model_validate({"prompt": prompt})
+        refusal = from_validation(caught.value)
+        assert (refusal.param, refusal.code) == ("prompt", "array_above_max_length")
 
+
+def test_a_value_is_shown_by_its_beginning() -> None:
     class Model(BaseModel):
         field: int
 

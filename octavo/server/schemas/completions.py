@@ -7,9 +7,12 @@ from typing import Annotated, Any, cast
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from octavo.frontend.token_ids import all_in_range
 from octavo.server.schemas.common import INT32_MAX, INT64_MAX, MAX_N, WHOLE, GenerationRequest
 
 MAX_PROMPTS = 1024
+MAX_IDS = 1 << 23
+"""In all prompts of a request: more than any model's context."""
 
 _ID_LIST: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 _SCHEMA: dict[str, Any] = {
@@ -33,22 +36,30 @@ def _prompts(value: object) -> list[str | list[int]]:
     if not items:
         raise PydanticCustomError("too_short", "a string, or a list that is not empty")
     if not isinstance(items[0], str | list):
-        return [_ids(items)]
+        return [_ids(items, MAX_IDS)]
     if len(items) > MAX_PROMPTS:
         raise PydanticCustomError("too_long", "at most 1024 prompts")
     if all(isinstance(item, str) for item in items):
         return cast("list[str | list[int]]", items)
-    return [_ids(item) for item in items]
+    prompts: list[str | list[int]] = []
+    left = MAX_IDS
+    for item in items:
+        prompts.append(_ids(item, left))
+        left -= len(prompts[-1])
+    return prompts
 
 
-def _ids(value: object) -> list[int]:
+def _ids(value: object, most: int) -> list[int]:
     if not isinstance(value, list):
         raise PydanticCustomError("prompt_type", "all strings or all lists of token ids")
     if not value:
         raise PydanticCustomError("empty_array", "made of lists that are not empty")
-    ids: list[Any] = [
-        int(each) if type(each) is float and each.is_integer() else each for each in cast("list[Any]", value)
-    ]
+    given = cast("list[Any]", value)
+    if len(given) > most:
+        raise PydanticCustomError("too_long", "at most {most} token ids in all", {"most": MAX_IDS})
+    if all_in_range(given, INT32_MAX + 1):
+        return given
+    ids: list[Any] = [int(each) if type(each) is float and each.is_integer() else each for each in given]
     for index, token_id in enumerate(ids):
         if type(token_id) is not int:
             raise PydanticCustomError("bad_id", "made of token ids: item {index} is no integer", {"index": index})
