@@ -30,7 +30,9 @@ from octavo.cli.common import add_output_flags, set_up, start, tell
 from octavo.cli.exits import EXIT_USAGE
 from octavo.cli.machine import cpu_features, describe_machine, describe_source, describe_versions
 from octavo.cli.session import Answer, MakeSession, Reply, Session
+from octavo.config.args import EngineArgs
 from octavo.config.flags import FlagParser, add_engine_flags, engine_args_from
+from octavo.config.resolve import DEFAULT_MAX_QUEUED_REQS, DEFAULT_MAX_QUEUED_TOKENS
 from octavo.errors import ConfigError, OctavoError
 from octavo.sampling_params import SamplingParams
 from octavo.utils.text import did_you_mean, format_seconds
@@ -76,6 +78,11 @@ def main(argv: Sequence[str], make_session: MakeSession | None = None) -> int:
     args = engine_args_from(namespace)
     if "enable_prefix_caching" not in vars(namespace):
         args = replace(args, enable_prefix_caching=False)
+    args = with_room(args, namespace.batch_size if kind == "latency" else namespace.num_prompts, namespace.input_len)
+    if namespace.output_json is not None and not Path(namespace.output_json).absolute().parent.is_dir():
+        raise ConfigError(
+            f"output_json is {namespace.output_json!r}, but there is no such folder", param="output_json"
+        )  # told before minutes of measuring
     begin_s = time.monotonic()
     session = start(args, namespace.quiet, make_session)
     startup_s = time.monotonic() - begin_s
@@ -111,6 +118,15 @@ def make_parser(kind: str) -> FlagParser:
     add_output_flags(parser)
     add_engine_flags(parser)
     return parser
+
+
+def with_room(args: EngineArgs, num_requests: int, input_len: int) -> EngineArgs:
+    """``args`` with a queue that takes everything at once, where its limits were left to us."""
+    return replace(
+        args,
+        max_num_queued_reqs=args.max_num_queued_reqs or max(DEFAULT_MAX_QUEUED_REQS, num_requests),
+        max_num_queued_tokens=args.max_num_queued_tokens or max(DEFAULT_MAX_QUEUED_TOKENS, num_requests * input_len),
+    )
 
 
 def check_sizes(namespace: argparse.Namespace) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from octavo.cli.bench import main, summarise
+from octavo.cli.bench import main, summarise, with_room
+from octavo.config.args import EngineArgs
 from octavo.errors import ConfigError
 
 from .fakes import Maker
@@ -91,6 +92,20 @@ def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str]) 
         main(["latency", "--batch-size", "0"], Maker())
     with pytest.raises(ConfigError, match="context holds 20"):
         main(["latency"], Maker(max_model_len=20))
+
+
+def test_the_queue_takes_everything_at_once() -> None:
+    assert with_room(EngineArgs(), 10_000, 8192).max_num_queued_reqs == 10_000
+    assert with_room(EngineArgs(), 10_000, 8192).max_num_queued_tokens == 81_920_000
+    assert with_room(EngineArgs(), 3, 5).max_num_queued_reqs == 4096
+    assert with_room(EngineArgs(max_num_queued_reqs=2), 3, 5).max_num_queued_reqs == 2
+
+
+def test_a_report_that_cannot_be_written_is_told_before_measuring(tmp_path: Path) -> None:
+    make = Maker()
+    with pytest.raises(ConfigError, match="no such folder"):
+        main(["latency", "--output-json", str(tmp_path / "missing" / "x.json")], make)
+    assert not make.sessions
 
 
 def test_summarise_uses_nearest_ranks() -> None:
