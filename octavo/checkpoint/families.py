@@ -194,7 +194,8 @@ def language_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | Non
     names: Any = config.get("architectures")
     wrapper = str(cast("list[Any]", names)[0]) if isinstance(names, list) and names else str(config.get("model_type"))
     model_type = str(config.get("model_type"))
-    if isinstance(text, dict) and config.get("hidden_size") is None:
+    is_flat = config.get("hidden_size") is not None and config.get("num_hidden_layers") is not None
+    if isinstance(text, dict) and not is_flat:
         inner = dict(cast("dict[str, Any]", text))
         for name in _SHARED_FIELDS:
             if inner.get(name) is None and config.get(name) is not None:

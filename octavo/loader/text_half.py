@@ -18,6 +18,7 @@ _PREFIXES = (
 _OTHERS = (
     "vision_tower.", "vision_model.", "vision_encoder.", "vision_embed_tokens.", "visual.", "image_newline",
     "multi_modal_projector.", "mm_projector.", "embed_vision.", "audio_tower.", "embed_audio.", "connector.",
+    "aligner.", "vision_projection.", ".projector.", "image_tower.", "video_tower.",
 )  # fmt: skip
 
 

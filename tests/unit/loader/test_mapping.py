@@ -92,6 +92,8 @@ def test_parts_of_names_are_renamed() -> None:
     [
         ("model.language_model.", "model.vision_tower.encoder.q_proj.weight"),  # transformers 5
         ("language_model.model.", "vision_tower.vision_model.q_proj.weight"),  # before
+        ("model.language_model.", "model.aligner.linear1.weight"),  # DeepSeek-VL
+        ("model.language_model.", "model.vision_projection.linear_1.weight"),  # LightOnOCR
         ("model.", "visual.blocks.0.attn.qkv.weight"),  # Qwen2-VL as released
     ],
 )
