@@ -10,6 +10,7 @@ from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import TokensPrompt
 from octavo.server.service import Service
 
+MAX_SWITCH_CHARS = 64
 INLINE_CHARS = 4096
 """A shorter conversation is rendered and tokenized at once, a longer one beside the event loop."""
 
@@ -83,10 +84,19 @@ async def render(service: Service, messages: list[dict[str, Any]], options: Chat
         ContextLengthError: It is too long.
     """
     engine = service.need_engine
-    is_long = options.chat_template is not None or _size(messages) > INLINE_CHARS
-    if is_long:
+    if options.chat_template is not None or _has_much(options) or _size(messages) > INLINE_CHARS:
         return await service.in_thread(engine.chat_prompt, messages, options)
     return engine.chat_prompt(messages, options)
+
+
+def _has_much(options: ChatOptions) -> bool:
+    """Whether a template gets more than a conversation and switches."""
+    if options.documents is not None:
+        return True
+    small = (bool, int, float, type(None))
+    return any(
+        not isinstance(each, small) and len(each) > MAX_SWITCH_CHARS for each in options.template_kwargs.values()
+    )
 
 
 def _size(messages: list[dict[str, Any]]) -> int:

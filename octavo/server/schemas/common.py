@@ -29,8 +29,10 @@ INT32_MAX = 2**31 - 1
 MAX_N = 128
 MAX_STOPS = 64
 MAX_STOP_CHARS = 4096
-MAX_IDS = 1 << 20
-MAX_BIASES = 300_000
+MAX_IDS = MAX_BIASES = 300_000
+"""More than any vocabulary."""
+MAX_BAD_WORDS, MAX_BAD_WORD_CHARS = 1024, 128
+"""Each is tokenized twice."""
 
 
 def _whole(value: object) -> object:
@@ -82,7 +84,7 @@ WHOLE = BeforeValidator(_whole)
 """After the bounds in an annotation, so that they reach the OpenAPI description."""
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX), WHOLE]
 Text = Annotated[str, StringConstraints(min_length=1)]
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+BadWord = Annotated[str, StringConstraints(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Count = Annotated[int, Field(ge=1, le=INT64_MAX), WHOLE]
 FreeTable = Annotated[dict[str, Any], free_table()]
@@ -143,7 +145,7 @@ class GenerationRequest(RequestModel):
     prompt_logprobs: Annotated[int, Field(ge=-1, le=INT32_MAX), WHOLE] | None = None
     logprob_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)] | None = None
-    bad_words: Annotated[list[StopText], Field(max_length=1024, fail_fast=True)] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
     repetition_detection: RepetitionFields | None = None
     thinking_token_budget: Annotated[int, Field(ge=-1, le=INT64_MAX), WHOLE] | None = None
     skip_reading_prefix_cache: bool | None = None
