@@ -153,15 +153,6 @@ def metrics_of(snapshot: EngineSnapshot, cache: CacheConfig, model_name: str, en
     ]
 
 
-def restart_metrics(num_restarts: int, num_replayed: int, model_name: str, engine_index: int = 0) -> list[Metric]:
-    """What the supervisor of the engine has counted."""
-    labels = _labels(model_name, engine_index)
-    return [
-        Counter(PREFIX + "engine_restarts", labels, num_restarts),
-        Counter(PREFIX + "requests_replayed", labels, num_replayed),
-    ]
-
-
 def request_metrics(stats: RequestStats, model_name: str, engine_index: int = 0) -> list[Metric]:
     """All metrics that frontends have counted.
 

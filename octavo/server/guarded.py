@@ -59,7 +59,7 @@ def supervise(
     )
     lifecycle = Lifecycle(supervisor, admission, config.shutdown_timeout)
     admission.refuse = lifecycle.refusal
-    service.admission, service.lifecycle = admission, lifecycle
+    service.admission, service.lifecycle, service.engine_events = admission, lifecycle, supervisor.events
     service.layers += layers(config, admission)
     return supervisor, lifecycle
 

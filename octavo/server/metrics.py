@@ -14,7 +14,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from octavo.observability.loop_lag import LoopLag
-from octavo.observability.metrics import Metric, request_metrics, restart_metrics
+from octavo.observability.metrics import Metric, request_metrics
 from octavo.observability.prometheus import CONTENT_TYPE, render
 from octavo.observability.request_stats import RequestStats, StatsRecord
 from octavo.observability.shared import StatsShare
@@ -35,6 +35,7 @@ class ServerMetrics:
 
     def __init__(self, service: Service, *, share_folder: str | None = None, index: int = 0) -> None:
         self._service = service
+        self._index = index
         self._http = RequestStats()
         self._lag: LoopLag | None = None
         self._share = None
@@ -56,12 +57,7 @@ class ServerMetrics:
         engine = self._service.engine
         if engine is None:
             return request_metrics(total, "")
-        metrics = engine.latest_metrics(total)
-        events = getattr(engine, "events", None)
-        if events is not None:  # of a supervisor, that is: every server's engine but a test's
-            name = engine.ready.config.frontend.served_model_names[0]
-            metrics += restart_metrics(events.num_restarts, events.num_replayed, name)
-        return metrics
+        return engine.latest_metrics(total)
 
     def page(self) -> bytes:
         """The body for a scraper."""
@@ -107,6 +103,11 @@ class ServerMetrics:
         stats = None if engine is None else engine.request_stats
         if stats is not None:
             mine.merge(stats.record())
+        events = self._service.engine_events
+        if events is not None:
+            # All processes see one engine start anew, and each has its own requests.
+            mine.count("engine_restarts", events.num_restarts if self._index == 0 else 0)
+            mine.count("requests_replayed", events.num_replayed)
         return mine.record()
 
 

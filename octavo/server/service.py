@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from octavo.config.server import ServerConfig
 from octavo.engine.output_stream import OutputStream
+from octavo.engine.supervisor import EngineEvents
 from octavo.errors import OctavoError
 from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import Prompt, TokensPrompt
@@ -196,6 +197,8 @@ class Service:
     config: ServerConfig
     engine: Engine | None = None
     """None until it is loaded."""
+    engine_events: EngineEvents | None = None
+    """How often it was started anew; None where nobody does that."""
     loading: Loading = field(default_factory=Loading)
     lifecycle: Lifecycle | None = None
     admission: Admission | None = None

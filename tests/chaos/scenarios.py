@@ -55,6 +55,7 @@ async def kill_under_streams(server: ServerProcess, count: int, max_tokens: int,
     undisturbed = await run()
     await server.until_idle()
     num_events = 0
+    restarts = await server.gauge("octavo:engine_restarts_total")
 
     def count_event(_answer: Answer) -> None:
         nonlocal num_events
@@ -79,6 +80,8 @@ async def kill_under_streams(server: ServerProcess, count: int, max_tokens: int,
         assert usage_of(now) == usage_of(was), f"stream {index}: {usage_of(was)} became {usage_of(now)}"
         assert logprob_tokens(now) == logprob_tokens(was), f"stream {index}"
     await server.until_idle()
+    assert await server.gauge("octavo:engine_restarts_total") == restarts + kills
+    assert await server.gauge("octavo:requests_replayed_total") > 0
     return {
         "streams": count,
         "longest gap of a stream, s": max(answer.longest_gap_s for answer in disturbed),

@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.config.server import ServerConfig
+from octavo.engine.supervisor import EngineEvents
 from octavo.errors import ConfigError
 from octavo.messages import EngineSnapshot, RequestTimeline, RequestTimings
 from octavo.observability.metrics import Metric, metrics_of, request_metrics
@@ -111,6 +112,26 @@ def test_whoever_is_scraped_answers_for_all(tmp_path: Path) -> None:
         found = samples_of(page)
         assert found["octavo:time_to_first_token_seconds_count"][0].value == 3
         assert found["octavo:generation_tokens_total"][0].value == 5, "the engine's own numbers are not added up"
+    for close in closers:
+        close()
+
+
+def test_deaths_of_the_engine_are_counted_once_and_each_process_tells_of_its_own_requests(tmp_path: Path) -> None:
+    closers, services = [], []
+    for index in range(2):
+        service, _ = make_service()
+        service.engine_events = EngineEvents()
+        services.append(service)
+        closers.append(install(service, share_folder=str(tmp_path), index=index))
+    app = server_app.build_app(services[1])
+    assert samples_of(*ask(app, "/metrics"))["octavo:engine_restarts_total"][0].value == 0, "shown before the first"
+    for index, service in enumerate(services):
+        service.engine_events.num_restarts += 1
+        service.engine_events.num_replayed += 3 + index
+        service.metrics._share.publish()
+    found = samples_of(*ask(app, "/metrics"))
+    assert found["octavo:engine_restarts_total"][0].value == 1
+    assert found["octavo:requests_replayed_total"][0].value == 7
     for close in closers:
         close()
 
