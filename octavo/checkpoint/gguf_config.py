@@ -24,6 +24,8 @@ _FLOATS = frozenset({"F32", "F16", "BF16"})
 _CONTROL = 3
 _END_OF_TURN = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"})
 """Control tokens that end a turn whatever the file calls its eos: many files name only one of several."""
+_END_OF_HARMONY = frozenset({"<|return|>", "<|call|>"})
+"""The same in gpt-oss's format, where ``<|end|>`` stands behind every part of an answer."""
 _SAMPLING = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
@@ -249,7 +251,12 @@ def _add_token_ids(gguf: GGUFFile, config: dict[str, Any]) -> None:
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if isinstance(tokens, list) and isinstance(types, list):
         pairs = zip(cast("list[Any]", tokens), cast("list[Any]", types), strict=False)
-        found += [i for i, (token, kind) in enumerate(pairs) if kind == _CONTROL and token in _END_OF_TURN]
+        control = {token: index for index, (token, kind) in enumerate(pairs) if kind == _CONTROL}
+        is_harmony = control.keys() >= _END_OF_HARMONY
+        ends = _END_OF_HARMONY if is_harmony else _END_OF_TURN
+        found += [index for token, index in control.items() if token in ends]
+        if is_harmony:
+            found = [index for index in found if index != control.get("<|end|>")]
     if found:
         config["eos_token_id"] = list(dict.fromkeys(found))
 
@@ -300,6 +307,23 @@ def _granite(header: _Reader, config: dict[str, Any]) -> None:
     ):
         if header.get(key) is not None:
             config[name] = header.get(key)
+
+
+def _granitemoe(header: _Reader, config: dict[str, Any]) -> None:
+    if header.get("expert_shared_feed_forward_length"):
+        raise header.error(f"{header.prefix}.expert_shared_feed_forward_length is set, which is not supported")
+    _granite(header, config)
+    config["num_local_experts"] = header.integer("expert_count")
+    config["num_experts_per_tok"] = header.integer("expert_used_count")
+    config["intermediate_size"] = header.integer("expert_feed_forward_length", config["intermediate_size"])
+
+
+def _gpt_oss(header: _Reader, config: dict[str, Any]) -> None:
+    config["num_local_experts"] = header.integer("expert_count")
+    config["num_experts_per_tok"] = header.integer("expert_used_count")
+    config["intermediate_size"] = header.integer("expert_feed_forward_length", config["intermediate_size"])
+    if config.get("rope_scaling"):
+        config["rope_scaling"]["truncate"] = False  # not in the header: it belongs to the family
 
 
 def _olmo2(header: _Reader, config: dict[str, Any]) -> None:  # noqa: ARG001
@@ -386,6 +410,8 @@ _FAMILIES: Mapping[str, _Family] = {
     "llama": _Family("LlamaForCausalLM", "llama", add=_llama, has_experts=True),
     "mistral3": _Family("MistralForCausalLM", "mistral", add=_mistral, has_experts=True),
     "granite": _Family("GraniteForCausalLM", "granite", add=_granite),
+    "granitemoe": _Family("GraniteMoeForCausalLM", "granitemoe", add=_granitemoe, has_experts=True),
+    "gpt-oss": _Family("GptOssForCausalLM", "gpt_oss", add=_gpt_oss, has_experts=True),
     "smollm3": _Family("SmolLM3ForCausalLM", "smollm3"),
     "olmo2": _Family("Olmo2ForCausalLM", "olmo2", add=_olmo2),
     "qwen2": _Family("Qwen2ForCausalLM", "qwen2"),

@@ -86,6 +86,8 @@ class _Job:
         """First row in the tensor, seen as ``[rows, shape[-1]]``, and the one behind the last."""
         if len(self.tensor.shape) == 1:
             return 0, 1
+        if len(self.part.shape) == 1:
+            return self.part.start, self.part.start + 1
         rows_per_index = math.prod(self.part.shape[1:-1])
         return self.part.start + rows_per_index * self.start, self.part.start + rows_per_index * self.end
 

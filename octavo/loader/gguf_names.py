@@ -30,7 +30,7 @@ class Part:
     name: str
     shape: tuple[int, ...]
     start: int = 0
-    """First row in the tensor, seen as ``[rows, shape[-1]]``; of a vector, its first value."""
+    """First row in the tensor, seen as ``[rows, shape[-1]]``; where that is a vector, its first value."""
     num_permuted_heads: int = 0
     """Heads whose rows are interleaved; 0: the rows are in order."""
     added: float = 0.0
@@ -53,6 +53,8 @@ class Layout:
     """Stacked tensors to the name of an expert's share, ``{}`` for its number."""
     splits: Mapping[str, tuple[str, str, str]] = field(default_factory=dict[str, "tuple[str, str, str]"])
     """Fused queries, keys and values to the names of the three."""
+    unnamed: frozenset[str] = frozenset()
+    """Tensors of a block whose name in Hugging Face's checkpoint does not end with ``.weight``."""
     one_row: frozenset[str] = frozenset()
     """Vectors that are matrices of one row in Hugging Face's checkpoint."""
 
@@ -107,6 +109,21 @@ LAYOUTS: Mapping[str, Layout] = {
     "llama": _LLAMA,
     "mistral3": _LLAMA,
     "granite": _LLAMA,
+    "granitemoe": Layout(
+        {**_DENSE, "ffn_gate_inp": "block_sparse_moe.router.layer"},
+        _TOP,
+        is_permuted=True,
+        experts={word: name.replace("mlp", "block_sparse_moe") for word, name in _EXPERTS.items()},
+    ),
+    "gpt-oss": Layout(
+        {
+            **_ATTENTION, "post_attention_norm": "post_attention_layernorm", "attn_sinks": "self_attn.sinks",
+            "ffn_gate_inp": "mlp.router",
+        },
+        _TOP,
+        experts=_EXPERTS,
+        unnamed=frozenset({"attn_sinks"}),
+    ),
     "smollm3": _LLAMA,
     "qwen2": _NEOX,
     "qwen3": _NEOX,
@@ -141,6 +158,8 @@ def hf_name(name: str, layout: Layout = _NEOX) -> str:
     if stem in layout.top and kind in ("weight", "bias"):
         return f"{layout.top[stem]}.{kind}"
     match = _BLOCK_NAME.fullmatch(name)
+    if match and match.group(2) in layout.unnamed:
+        return f"{layout.prefix}{match.group(1)}.{layout.block[match.group(2)]}"
     if match and match.group(2) in layout.block:
         return f"{layout.prefix}{match.group(1)}.{layout.block[match.group(2)]}.{match.group(3)}"
     return name
@@ -161,7 +180,7 @@ def parts(tensor: GGUFTensor, layout: Layout, config: ModelConfig, file: str) ->
     match = _BLOCK_NAME.fullmatch(tensor.name)
     layer, word, kind = match.groups() if match else ("", *tensor.name.rpartition(".")[::2])
     if word in layout.experts:
-        return _experts(tensor, f"{layout.prefix}{layer}.{layout.experts[word]}.{kind}", file)
+        return _experts(tensor, f"{layout.prefix}{layer}.{layout.experts[word]}.{kind}", kind == "bias", file)
     if word in layout.splits:
         return _split(tensor, [f"{layout.prefix}{layer}.{name}.{kind}" for name in layout.splits[word]], config, file)
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(word, 0) if layout.is_permuted else 0
@@ -178,7 +197,9 @@ def parts(tensor: GGUFTensor, layout: Layout, config: ModelConfig, file: str) ->
     return [Part(hf_name(tensor.name, layout), shape, num_permuted_heads=heads, added=added)]
 
 
-def _experts(tensor: GGUFTensor, name: str, file: str) -> list[Part]:
+def _experts(tensor: GGUFTensor, name: str, is_bias: bool, file: str) -> list[Part]:
+    if is_bias and len(tensor.shape) == 2:
+        return [Part(name.format(index), tensor.shape[1:], start=index) for index in range(tensor.shape[0])]
     if len(tensor.shape) != 3:
         raise CheckpointError(file, f"has shape {list(tensor.shape)}, which is no stack of experts", tensor=tensor.name)
     count, rows, columns = tensor.shape

@@ -27,9 +27,10 @@ ARCHITECTURES = {
     "smollm3": MODEL_ARCH.SMOLLM3, "granite": MODEL_ARCH.GRANITE, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3,
     "qwen2_moe": MODEL_ARCH.QWEN2MOE, "qwen3_moe": MODEL_ARCH.QWEN3MOE, "olmo2": MODEL_ARCH.OLMO2,
     "olmo3": MODEL_ARCH.OLMO2, "olmoe": MODEL_ARCH.OLMOE, "phi": MODEL_ARCH.PHI2, "phi3": MODEL_ARCH.PHI3,
+    "granitemoe": MODEL_ARCH.GRANITE_MOE, "gpt_oss": MODEL_ARCH.GPT_OSS,
     "gemma": MODEL_ARCH.GEMMA, "gemma2": MODEL_ARCH.GEMMA2, "gemma3_text": MODEL_ARCH.GEMMA3, "bert": MODEL_ARCH.BERT,
 }  # fmt: skip
-PERMUTED = frozenset({"llama", "mistral", "mixtral", "smollm3", "granite"})
+PERMUTED = frozenset({"llama", "mistral", "mixtral", "smollm3", "granite", "granitemoe"})
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.(.*)\.experts\.(\d+)\.(\w+)\.weight")
 _STACKS = {
     "gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps",
@@ -67,14 +68,17 @@ def _tensors(folder: Path, kind: str, config: Any) -> Iterator[tuple[str, Tensor
         state |= load_file(file)
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state.items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if kind == "bert" and ("pooler." in name or "position_ids" in name):
+        is_tied = name == "lm_head.weight" and config.tie_word_embeddings
+        if is_tied or (kind == "bert" and ("pooler." in name or "position_ids" in name)):
             continue
         expert = _EXPERT.fullmatch(name)
         if expert:
             layer, _, index, word = expert.groups()
             stacks.setdefault(f"blk.{layer}.{_STACKS[word]}.weight", {})[int(index)] = tensor
+            continue
+        stacked = _stacked(name, tensor)
+        if stacked:
+            yield from stacked.items()
             continue
         if kind.startswith("gemma") and name.endswith("norm.weight"):
             tensor = tensor + 1
@@ -85,6 +89,24 @@ def _tensors(folder: Path, kind: str, config: Any) -> Iterator[tuple[str, Tensor
         yield name, tensor
     for name, members in stacks.items():
         yield name, torch.stack([members[index] for index in range(len(members))])
+
+
+def _stacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What has other shapes or names: experts in one tensor (gpt-oss's: columns first, halves interleaved), sinks."""
+    layer = f"blk.{name.split('.')[2]}" if name.startswith("model.layers.") else ""
+    kind = "bias" if name.endswith("_bias") else "weight"
+    word = name.rsplit(".", 1)[-1].removesuffix("_bias")
+    if ".experts." in name and word in ("gate_up_proj", "down_proj"):
+        rows = tensor if kind == "bias" else tensor.transpose(1, 2)
+        if word == "down_proj":
+            return {f"{layer}.ffn_down_exps.{kind}": rows}
+        return {f"{layer}.ffn_gate_exps.{kind}": rows[:, ::2], f"{layer}.ffn_up_exps.{kind}": rows[:, 1::2]}
+    if name.endswith("input_linear.weight"):
+        gate, up = tensor.chunk(2, dim=1)
+        return {f"{layer}.ffn_gate_exps.weight": gate, f"{layer}.ffn_up_exps.weight": up}
+    if name.endswith(".sinks"):
+        return {f"{layer}.attn_sinks.weight": tensor}
+    return {}
 
 
 def permute(tensor: Tensor, num_heads: int) -> Tensor:
@@ -136,6 +158,13 @@ def _experts(config: Any) -> dict[str, Any]:
     return keys
 
 
+def _granite(config: Any) -> dict[str, Any]:
+    return {
+        "attention.scale": float(config.attention_multiplier), "embedding_scale": float(config.embedding_multiplier),
+        "residual_scale": float(config.residual_multiplier), "logit_scale": float(config.logits_scaling),
+    }  # fmt: skip
+
+
 def _phi3(config: Any) -> dict[str, Any]:
     rope = config.rope_parameters
     keys: dict[str, Any] = {
@@ -160,9 +189,10 @@ _FAMILY: dict[str, Callable[[Any], dict[str, Any]]] = {
     "qwen2_moe": _experts,
     "qwen3_moe": _experts,
     "olmoe": _experts,
-    "granite": lambda c: {
-        "attention.scale": float(c.attention_multiplier), "embedding_scale": float(c.embedding_multiplier),
-        "residual_scale": float(c.residual_multiplier), "logit_scale": float(c.logits_scaling),
+    "granite": _granite,
+    "granitemoe": lambda c: _granite(c) | _experts(c),
+    "gpt_oss": lambda c: {
+        **_experts(c), "attention.sliding_window": c.sliding_window, "expert_feed_forward_length": c.intermediate_size,
     },
     "olmo3": lambda c: {"attention.sliding_window": c.sliding_window},
     "phi": lambda c: {"attention.layer_norm_epsilon": float(c.layer_norm_eps)},

@@ -400,6 +400,20 @@ def test_wrong_gguf_value_names_file_and_field(metadata: dict[str, Any], reason:
     assert reason in caught.value.message
 
 
+def test_where_an_answer_in_parts_ends(tmp_path: Path) -> None:
+    """In gpt-oss's format a part of an answer, such as its thoughts, ends with ``<|end|>``; the answer does not."""
+    path = tmp_path / "m.gguf"
+    tokens, end = [*TOKENS], TOKENS.index("<|end|>")
+    first, second = [index for index in range(len(tokens)) if index != end][-2:]
+    tokens[first], tokens[second] = "<|return|>", "<|call|>"
+    kinds = [3 if token.startswith("<|") else 1 for token in tokens]
+    write_gguf(path, metadata={
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.eos_token_id": first, "tokenizer.ggml.eot_token_id": end,
+    })  # fmt: skip
+    assert set(read_gguf(path).eos_token_ids) == {first, second}
+
+
 def test_unknown_gguf_architecture(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(path, arch="mamba")
