@@ -86,11 +86,24 @@ class CpuPagedBackend:
         prompts = None
         spans: list[Span] = []
         if others and self._spec.head_dim % PREFILL_MULTIPLE == 0:
-            runs = [(starts[i], starts[i + 1] - starts[i], lens[i] - starts[i + 1] + starts[i], i) for i in others]
-            prompts = PrefillPlan(block_table, runs)
+            counts = [starts[index + 1] - starts[index] for index in others]
+            positions = [lens[index] - count for index, count in zip(others, counts, strict=True)]
+            rows = range(len(others))
+            runs = list(zip([starts[index] for index in others], counts, positions, rows, strict=True))
+            prompts = PrefillPlan(self._visible_pages(block_table[others], positions), runs)
         elif others:
             spans = self._torch.plan_spans(others, starts, lens, block_table)
         return CpuPagedMetadata(slot_mapping, block_table, starts[-1], decodes, prompts, spans)
+
+    def _visible_pages(self, table: Tensor, positions: list[int]) -> Tensor:
+        """``table``, overwritten where it lists what is left over from before the window of the first query. The kernel
+        reads whole blocks of keys and gives those outside a weight of 0, which times another request's NaN is NaN."""
+        window = self._spec.sliding_window
+        if window is not None:
+            for row, position in enumerate(positions):
+                first = max(0, position - window + 1) // self._spec.block_size
+                table[row, :first] = table[row, first]
+        return table
 
     def kv_views(self, cache: Tensor) -> None:
         """None: the compiled writer is faster."""

@@ -39,8 +39,8 @@ def test_the_page(path, window, softcap):
     spec = replace(SPEC, sliding_window=window, logit_softcap=softcap)
     backend, reason = choose_backend(path, spec, "cpu")
     assert path in reason
-    work = [(0, 20), (33, 1), (16, 7)]
-    check_backend(backend(spec), spec, work, scattered=True, padding=2, seed=1)
+    work = [(0, 20), (33, 1), (16, 7), (50, 3)]
+    check_backend(backend(spec), spec, work, scattered=True, padding=2, seed=1, is_stale=True)
 
 
 def test_its_reason_reaches_the_user(path):

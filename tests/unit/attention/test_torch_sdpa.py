@@ -62,12 +62,15 @@ def check_batch(
     """Run one step where request i has ``work[i] = (tokens in cache, new tokens)``; compare every output."""
     for backend_class in (TorchSdpaBackend, CpuPagedBackend, GatheredBackend):
         if backend_class.unsupported(spec, "cpu") is None:
-            check_backend(backend_class(spec), spec, work, scattered=scattered, padding=padding, seed=seed)
+            backend = backend_class(spec)
+            check_backend(backend, spec, work, scattered=scattered, padding=padding, seed=seed, is_stale=True)
 
 
 def check_backend(
-    backend, spec, work, *, scattered, padding=0, seed=0, device="cpu", fill=float("nan"), atol=2e-5, rtol=1e-4
-):
+    backend, spec, work, *, scattered, padding=0, seed=0, device="cpu", fill=float("nan"), atol=2e-5, rtol=1e-4,
+    is_stale=False,
+):  # fmt: skip
+    """With ``is_stale``, tables name a block of somebody else, full of NaN, for what lies before the window."""
     generator = torch.Generator().manual_seed(seed)
 
     def random_tensor(*shape):
@@ -101,6 +104,9 @@ def check_backend(
     mapping = torch.cat([*slots, torch.full((padding,), -1)])
     step = StepShape(sum(new_tokens), len(work), max(new_tokens), max(seq_lens), tuple(new_tokens), tuple(seq_lens))
     lens = torch.tensor(seq_lens, dtype=torch.int32)
+    if is_stale and spec.sliding_window is not None:
+        for row, (past, _) in enumerate(work):
+            tables[row, : max(0, past - spec.sliding_window + 1) // size] = ids[-1]
     meta = backend.plan(step, start_loc.to(device), lens.to(device), tables.to(device), mapping.to(device))
     pad = torch.zeros(padding, spec.num_kv_heads, spec.head_dim)
     q = torch.cat([*queries, torch.zeros(padding, spec.num_heads, spec.head_dim)])
