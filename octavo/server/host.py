@@ -42,8 +42,9 @@ def serve(args: EngineArgs, config: ServerConfig, prog: str) -> int:
         The exit status.
 
     Raises:
-        ConfigError: The address cannot be had, or a part that is asked for is not installed.
+        ConfigError: The address cannot be had, a file of TLS is wrong, or a part that is asked for is not installed.
     """
+    listen.check_tls(config)
     if config.api_server_count > 1:
         module, _, function = WORKERS.partition(":")
         return int(getattr(importlib.import_module(module), function)(args, config, prog))

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import stat
 import sys
 from collections.abc import Callable, Generator
@@ -36,6 +37,40 @@ ACCEPTS_PER_TURN = 16
 gets this many handles of the one listener."""
 CLOSE_TIMEOUT_S = 5
 """How long connections get to close once the last request is done."""
+
+
+def check_tls(config: ServerConfig) -> None:
+    """Try the key and the certificate before anything is loaded.
+
+    Raises:
+        ConfigError: One of the files cannot be used; ``param`` names the setting.
+    """
+    if config.ssl_certfile is None or config.ssl_keyfile is None:
+        return
+    for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+        path: str | None = getattr(config, name)
+        try:
+            if path is not None:
+                Path(path).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{name} is {path!r}, which cannot be read: {error.strerror}", param=name) from None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Without a word for a key under a password: nobody sits at a server's terminal to type one.
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(
+            f"ssl_keyfile is {config.ssl_keyfile!r} and ssl_certfile {config.ssl_certfile!r}, which are no key without "
+            f"a password and its certificate, both in PEM format: {error}",
+            param="ssl_keyfile",
+        ) from None
+    try:
+        context.load_verify_locations(config.ssl_ca_certs or config.ssl_certfile)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"ssl_ca_certs is {config.ssl_ca_certs!r}, which has no certificates in PEM format: {error}",
+            param="ssl_ca_certs",
+        ) from None
 
 
 def bind(config: ServerConfig) -> socket.socket:

@@ -20,7 +20,7 @@ from octavo.config.flags import engine_args_from
 from octavo.config.server import ServerConfig
 from octavo.errors import ConfigError
 from octavo.server.app import build_app, describe_routes, make_routes
-from octavo.server.listen import address_of, bind, web_config
+from octavo.server.listen import address_of, bind, check_tls, web_config
 from octavo.server.service import Service
 from tests.server.conftest import CONTEXT, Server
 from tests.waiting import stop_server, wait_until
@@ -253,6 +253,32 @@ def serving(engine: Any, **settings: Any) -> Iterator[str]:
     stop_server(server, thread)
     listener.close()
     service.close()
+
+
+def test_files_of_tls_are_tried_before_anything_is_loaded(tmp_path: Path) -> None:
+    """Red when a wrong file ends in a stack that does not name it, or asks the terminal for a password."""
+    openssl = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-days", "1", "-subj", "/CN=localhost"]
+    for name, more in (("one", ["-nodes"]), ("two", ["-nodes"]), ("locked", ["-passout", "pass:word"])):
+        files = ["-keyout", tmp_path / f"{name}.key", "-out", tmp_path / f"{name}.crt"]
+        subprocess.run([*openssl, *more, *files], check=True, capture_output=True)
+    (tmp_path / "text").write_text("no key")
+
+    def tried(key: str, certificate: str, authority: str | None = None) -> None:
+        paths = [str(tmp_path / each) for each in (key, certificate)]
+        ca_certs = None if authority is None else str(tmp_path / authority)
+        check_tls(ServerConfig(ssl_keyfile=paths[0], ssl_certfile=paths[1], ssl_ca_certs=ca_certs))
+
+    tried("one.key", "one.crt")
+    tried("one.key", "one.crt", "two.crt")
+    for files, param in (
+        (("missing", "one.crt"), "ssl_keyfile"), (("one.key", "missing"), "ssl_certfile"),
+        (("one.key", "two.crt"), "ssl_keyfile"), (("text", "one.crt"), "ssl_keyfile"),
+        (("locked.key", "locked.crt"), "ssl_keyfile"), (("one.key", "one.crt", "missing"), "ssl_ca_certs"),
+        (("one.key", "one.crt", "text"), "ssl_ca_certs"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError) as caught:
+            tried(*files)
+        assert caught.value.param == param and str(tmp_path) in caught.value.message
 
 
 def test_unix_socket_and_tls(tiny_engine: Any, tmp_path: Path) -> None:
