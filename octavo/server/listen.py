@@ -209,7 +209,9 @@ def web_config(app: Any, config: ServerConfig, is_full: Callable[[int], bool] = 
     return uvicorn.Config(
         app,
         loop="auto",
-        http=make_protocol(limits_of(config, config.error_format), is_full),
+        http=make_protocol(
+            limits_of(config, config.error_format, shows_request_ids=config.enable_request_id_headers), is_full
+        ),
         ws="none",
         lifespan="off",
         log_config=None,

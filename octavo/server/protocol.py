@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import resource
 import socket
 import time
@@ -50,9 +51,10 @@ class ConnectionLimits:
     max_header_count: int
     header_timeout_s: float
     error_format: str = "openai"
+    shows_request_ids: bool = True
 
 
-def limits_of(config: GuardConfig, error_format: str = "openai") -> ConnectionLimits:
+def limits_of(config: GuardConfig, error_format: str = "openai", *, shows_request_ids: bool = True) -> ConnectionLimits:
     """The limits that a configuration means on this machine."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     most = max(1, files - RESERVED_FILES) if files != resource.RLIM_INFINITY else 2**31 - 1
@@ -62,6 +64,7 @@ def limits_of(config: GuardConfig, error_format: str = "openai") -> ConnectionLi
         max_header_count=config.max_header_count,
         header_timeout_s=config.header_timeout,
         error_format=error_format,
+        shows_request_ids=shows_request_ids,
     )
 
 
@@ -271,6 +274,8 @@ class GuardedProtocol(HttpToolsProtocol):
             response = error_response(refusal, self.limits.error_format)
             lines = [STATUS_LINE[refusal.status]]
             lines += [b"%b: %b\r\n" % header for header in response.raw_headers]
+            if self.limits.shows_request_ids:
+                lines.append(b"x-request-id: %b\r\n" % os.urandom(16).hex().encode())
             self.transport.write(b"".join([*lines, b"connection: close\r\n\r\n", bytes(response.body)]))
         self._disarm()
         self.transport.close()

@@ -122,6 +122,13 @@ def test_a_head_that_is_too_long_or_has_too_many_headers(port: int) -> None:
     assert refusal(exchange(port, get("/", *(f"X{i}: 1" for i in range(25))))) == (431, "headers_too_large")
 
 
+def test_what_no_application_sees_has_a_request_id_too(port: int) -> None:
+    head = exchange(port, get("/", "X: " + "a" * 10_000)).partition(b"\r\n\r\n")[0]
+    assert b"\r\nx-request-id: " in head
+    with serving(shows_request_ids=False) as silent:
+        assert b"x-request-id" not in exchange(silent, get("/", "X: " + "a" * 10_000))
+
+
 def test_a_head_that_dribbles_is_cut_off_while_others_are_served(port: int) -> None:
     with connect(port) as slow:
         slow.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: ")
