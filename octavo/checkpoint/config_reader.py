@@ -139,7 +139,10 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
         raise f.error("num_key_value_heads", f"is {num_kv_heads}, but must divide num_attention_heads ({num_heads})")
     max_positions = f.integer("max_position_embeddings", 1, 2**31 - 1)
     rope, local = (read_rope(f, head_dim, max_positions, kind) for kind in ("full_attention", "sliding_attention"))
-    windows = _windows(f, num_layers, rope.max_length(max_positions))
+    window, is_local = _local_layers(f, num_layers)
+    # A window as long as the longest text hides nothing.
+    hides = window is not None and window < rope.max_length(max_positions) and any(is_local)
+    windows = tuple(window if local else None for local in is_local) if hides else ()
     quantization = f.mapping("quantization_config")
     g = Fields(generation, generation_file)
     eos = dict.fromkeys([*f.token_ids("eos_token_id", vocab_size), *g.token_ids("eos_token_id", vocab_size)])
@@ -163,7 +166,7 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
             mlp_bias=f.boolean("mlp_bias", False),
             sliding_window=next((w for w in windows if w is not None), None),
             layer_windows=windows,
-            layer_ropes=read_layer_ropes(f, rope, local, windows, num_layers),
+            layer_ropes=read_layer_ropes(f, rope, local, is_local, num_layers),
             attention_scale=_attention_scale(f),
             attention_softcap=_optional_positive(f, "attn_logit_softcapping"),
             has_sinks=model_type in _HAS_SINKS,
@@ -228,24 +231,21 @@ def _optional_positive(f: Fields, name: str) -> float | None:
     return None if f.get(name) is None else f.number(name, None, low=1e-6)
 
 
-def _windows(f: Fields, num_layers: int, max_length: int) -> tuple[int | None, ...]:
-    """[num_layers] windows, or empty when every layer sees everything."""
+def _local_layers(f: Fields, num_layers: int) -> tuple[int | None, list[bool]]:
+    """The window, and [num_layers] which layers have it; none where there is no window."""
     if f.get("use_bidirectional_attention"):
         raise f.error("use_bidirectional_attention", "is set, but only attention to earlier tokens is supported")
     # Some write 0 for none.
     window = f.optional_integer("sliding_window", 0, 2**31 - 1) or None
     if f.is_foreign and has_unknown_layers(f.values):
-        return ()  # whoever has such a model knows what they are
+        return None, [False] * num_layers  # whoever has such a model knows what they are
     if f.values.get("layer_types") is not None:
         is_local = _stated_kinds(f, num_layers)
         if window is None and any(is_local):
             raise f.error("sliding_window", "is missing, but layer_types has sliding_attention layers")
     else:
         is_local = _implied_kinds(f, num_layers)
-    # A window as long as the longest text hides nothing.
-    if window is None or window >= max_length or not any(is_local):
-        return ()
-    return tuple(window if local else None for local in is_local)
+    return window, is_local if window is not None else [False] * num_layers
 
 
 def _stated_kinds(f: Fields, num_layers: int) -> list[bool]:

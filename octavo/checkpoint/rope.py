@@ -66,7 +66,7 @@ def read_rope(f: Fields, head_dim: int, max_positions: int, layer_kind: str = "f
 
 
 def read_layer_ropes(
-    f: Fields, rope: RopeConfig, local: RopeConfig, windows: Sequence[int | None], num_layers: int
+    f: Fields, rope: RopeConfig, local: RopeConfig, is_local: Sequence[bool], num_layers: int
 ) -> tuple[RopeConfig | None, ...]:
     """[num_layers] rotary embedding of each layer, None for one without positions; empty when all have ``rope``.
 
@@ -74,15 +74,13 @@ def read_layer_ropes(
         f: All fields of config.json.
         rope: Of layers that see everything.
         local: Of layers with a window.
-        windows: [num_layers], or empty.
+        is_local: [num_layers] which have a window, even one that is longer than all texts.
         num_layers: Of the model.
 
     Raises:
         CheckpointError: A field is out of range.
     """
-    ropes: list[RopeConfig | None] = [
-        local if windows and windows[index] is not None else rope for index in range(num_layers)
-    ]
+    ropes: list[RopeConfig | None] = [local if each else rope for each in is_local]
     rotated = f.values.get("no_rope_layers")
     interval = f.optional_integer("no_rope_layer_interval", 1, 1 << 24)
     if rotated is not None:

@@ -142,6 +142,13 @@ def test_windows(fields: dict[str, Any], windows: tuple[int | None, ...], tmp_pa
     assert read(tmp_path, LLAMA | fields).windows == windows
 
 
+def test_local_layers_rotate_as_such_whatever_their_window_hides(tmp_path: Path) -> None:
+    gemma = LLAMA | {"model_type": "gemma3_text", "sliding_window": 512, "sliding_window_pattern": 2}
+    config = read(tmp_path, gemma | {"rope_theta": 8.0, "rope_local_base_freq": 4.0})
+    assert config.windows == (None,) * 4  # no text is longer
+    assert [rope.theta for rope in config.ropes if rope is not None] == [4.0, 8.0, 4.0, 8.0]
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 2**40}, "vocab_size is 1099511627776"),
     ({"vocab_size": "1000"}, "vocab_size is '1000'"),
