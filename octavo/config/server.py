@@ -114,14 +114,45 @@ class ServerConfig(GuardConfig):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        for name in ("api_key", "admin_api_key"):
+            keys: object = getattr(self, name)
+            if isinstance(keys, list | tuple) and "" in keys:  # said without the others, which are secrets
+                raise ConfigError(f"{name} has an empty key; is a variable empty that holds it?", param=name)
         for name, each in settings_of(ServerConfig).items():
             # Frozen for everybody else; this is where text becomes a value.
             object.__setattr__(self, name, each.check(name, getattr(self, name)))
+        self._check_tls()
+        self._check_keys()
+        if self.root_path is not None and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ConfigError(
+                f"root_path is {self.root_path!r}, but must begin with '/' and not end with one", param="root_path"
+            )
+        if self.enable_log_outputs and not self.enable_log_requests:
+            raise ConfigError(
+                "enable_log_outputs is set, but logs nothing without enable_log_requests", param="enable_log_outputs"
+            )
+
+    def _check_tls(self) -> None:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             missing = "ssl_keyfile" if self.ssl_keyfile is None else "ssl_certfile"
             raise ConfigError(f"{missing} is missing: TLS needs both ssl_keyfile and ssl_certfile", param=missing)
-        if self.root_path is not None and not self.root_path.startswith("/"):
-            raise ConfigError(f"root_path is {self.root_path!r}, but must begin with '/'", param="root_path")
+        if self.ssl_keyfile is not None:
+            return
+        for name, is_given in (("ssl_ca_certs", self.ssl_ca_certs is not None), ("ssl_cert_reqs", self.ssl_cert_reqs)):
+            if is_given:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, but nobody shows a certificate without TLS: give ssl_keyfile "
+                    "and ssl_certfile too",
+                    param=name,
+                )
+
+    def _check_keys(self) -> None:
+        if set(self.api_key) & set(self.admin_api_key):
+            raise ConfigError(
+                "admin_api_key has a key that is an api_key too, so that whoever may ask could change the server: "
+                "choose another",
+                param="admin_api_key",
+            )
 
     def non_default(self) -> dict[str, Any]:
         """Settings that differ from the defaults, for the log."""

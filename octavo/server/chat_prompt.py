@@ -5,14 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from octavo.errors import InvalidRequestError
-from octavo.frontend.chat_template import ChatOptions
+from octavo.config.server import ServerConfig
+from octavo.errors import ConfigError, InvalidRequestError
+from octavo.frontend.chat_template import RESERVED_VARIABLES, ChatOptions
 from octavo.frontend.input_processor import TokensPrompt
 from octavo.server.service import Service
 
 MAX_SWITCH_CHARS = 64
 INLINE_CHARS = 4096
 """A shorter conversation is rendered and tokenized at once, a longer one beside the event loop."""
+
+
+def check_default_kwargs(config: ServerConfig) -> None:
+    """What no request may set, the server's defaults for requests may not either: each request would be refused.
+
+    Raises:
+        ConfigError: They do.
+    """
+    reserved = sorted(RESERVED_VARIABLES & set(config.default_chat_template_kwargs))
+    if reserved:
+        raise ConfigError(
+            f"default_chat_template_kwargs sets {reserved[0]!r}, which is a variable or option of its own",
+            param="default_chat_template_kwargs",
+        )
 
 
 def effort_kwargs(effort: str | None, template: str) -> dict[str, Any]:

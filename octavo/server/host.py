@@ -18,6 +18,7 @@ from octavo.engine.replay import Launch
 from octavo.engine.supervisor import launcher
 from octavo.server import instruments, listen
 from octavo.server.app import describe_routes, make_routes, with_layers
+from octavo.server.chat_prompt import check_default_kwargs
 from octavo.server.guarded import supervise
 from octavo.server.lifecycle import Lifecycle
 from octavo.server.service import Service
@@ -42,9 +43,11 @@ def serve(args: EngineArgs, config: ServerConfig, prog: str) -> int:
         The exit status.
 
     Raises:
-        ConfigError: The address cannot be had, a file of TLS is wrong, or a part that is asked for is not installed.
+        ConfigError: The address cannot be had, a file or a default is wrong, or a part that is asked for is not
+            installed.
     """
     listen.check_tls(config)
+    check_default_kwargs(config)
     if config.api_server_count > 1:
         module, _, function = WORKERS.partition(":")
         return int(getattr(importlib.import_module(module), function)(args, config, prog))

@@ -9,8 +9,10 @@ from typing import Any, cast
 
 import pytest
 
+from octavo.config.server import ServerConfig
+from octavo.errors import ConfigError
 from octavo.frontend.chat_template import ChatOptions
-from octavo.server.chat_prompt import INLINE_CHARS, render
+from octavo.server.chat_prompt import INLINE_CHARS, check_default_kwargs, render
 from octavo.server.service import Service
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -42,3 +44,10 @@ def test_what_may_be_long_is_made_beside_the_loop(
     service = cast("Service", SimpleNamespace(need_engine=engine, in_thread=in_thread))
     asyncio.run(render(service, messages, ChatOptions(**options)))
     assert bool(used) == is_beside
+
+
+def test_defaults_that_every_request_would_be_refused_for() -> None:
+    check_default_kwargs(ServerConfig(default_chat_template_kwargs={"enable_thinking": False}))
+    with pytest.raises(ConfigError, match="tokenize") as caught:
+        check_default_kwargs(ServerConfig(default_chat_template_kwargs={"tokenize": True}))
+    assert caught.value.param == "default_chat_template_kwargs"

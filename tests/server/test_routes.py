@@ -227,6 +227,9 @@ def test_keys_come_from_the_environment_unless_a_flag_has_one() -> None:
     ("flags", "param"),
     [
         (["--port", "70000"], "port"), (["--ssl-keyfile", "k"], "ssl_certfile"), (["--root-path", "x"], "root_path"),
+        (["--root-path", "/x/"], "root_path"), (["--enable-log-outputs"], "enable_log_outputs"),
+        (["--ssl-cert-reqs", "2"], "ssl_cert_reqs"), (["--ssl-ca-certs", "c"], "ssl_ca_certs"),
+        (["--api-key", "one", "--admin-api-key", "two", "one"], "admin_api_key"),
         (["--error-format", "html"], "error_format"), (["--default-chat-template-kwargs", "[]"],
          "default_chat_template_kwargs"),
     ],
@@ -235,6 +238,12 @@ def test_wrong_settings_are_named(flags: list[str], param: str) -> None:
     with pytest.raises(ConfigError) as caught:
         server_config_from(parsed("m", *flags), read_environment({}))
     assert caught.value.param == param
+
+
+def test_a_key_that_is_empty_is_told_without_the_others() -> None:
+    with pytest.raises(ConfigError) as caught:
+        server_config_from(parsed("m", "--api-key", "hush", ""), read_environment({}))
+    assert caught.value.param == "api_key" and "hush" not in caught.value.message
 
 
 @contextmanager
