@@ -117,7 +117,7 @@ class ServerConfig(GuardConfig):
         for name in ("api_key", "admin_api_key"):
             keys: object = getattr(self, name)
             if isinstance(keys, list | tuple) and "" in keys:  # said without the others, which are secrets
-                raise ConfigError(f"{name} has an empty key; is a variable empty that holds it?", param=name)
+                raise ConfigError(f"{name} is given an empty key; is a variable empty that holds it?", param=name)
         for name, each in settings_of(ServerConfig).items():
             # Frozen for everybody else; this is where text becomes a value.
             object.__setattr__(self, name, each.check(name, getattr(self, name)))
@@ -149,7 +149,7 @@ class ServerConfig(GuardConfig):
     def _check_keys(self) -> None:
         if set(self.api_key) & set(self.admin_api_key):
             raise ConfigError(
-                "admin_api_key has a key that is an api_key too, so that whoever may ask could change the server: "
+                "admin_api_key is given a key that is an api_key too, so that whoever may ask could change the server: "
                 "choose another",
                 param="admin_api_key",
             )

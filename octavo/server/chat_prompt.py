@@ -25,7 +25,7 @@ def check_default_kwargs(config: ServerConfig) -> None:
     reserved = sorted(RESERVED_VARIABLES & set(config.default_chat_template_kwargs))
     if reserved:
         raise ConfigError(
-            f"default_chat_template_kwargs sets {reserved[0]!r}, which is a variable or option of its own",
+            f"default_chat_template_kwargs is given {reserved[0]!r}, which is a variable or option of its own",
             param="default_chat_template_kwargs",
         )
 

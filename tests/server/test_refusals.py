@@ -61,6 +61,7 @@ def told(response: httpx.Response) -> tuple[int, str | None, str | None]:
         (CHAT, {"chat_template_kwargs": []}, "invalid_type", "chat_template_kwargs"),
         (CHAT, {"truncate_prompt_tokens": 0}, "invalid_value", "truncate_prompt_tokens"),
         (CHAT, {"bad_words": ["x" * 129]}, "string_above_max_length", "bad_words[0]"),
+        (CHAT, {"logits_processors": ["a.b"]}, "unsupported_parameter", "logits_processors"),
         (CHAT, {"tools": []}, "unsupported_parameter", "tools"),
         (TEXT, {"prompt": []}, "empty_array", "prompt"),
         *((TEXT, {"prompt": [value]}, "invalid_value", "prompt") for value in (-1, 2**31, 1.5, True)),
