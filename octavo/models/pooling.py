@@ -102,5 +102,6 @@ def _as_decoder(name: str, ending: str) -> str | None:
     """``Qwen3Model`` as ``Qwen3ForCausalLM``, if there is such a decoder."""
     if not name.endswith(ending):
         return None
-    found = f"{name[: len(name) - len(ending)]}ForCausalLM" if ending else name
+    # The text halves of newer families say so in between: "Gemma3TextModel".
+    found = f"{name[: len(name) - len(ending)].removesuffix('Text')}ForCausalLM" if ending else name
     return found if MODELS.knows(found) else None

@@ -90,7 +90,9 @@ def _is_computed(config_class: type, name: str) -> bool:
 
 def _check_known(config: ModelConfig, model_type: object) -> None:
     if config.text_half_of is not None:
-        reason = f"of a multimodal checkpoint the language model runs, but Octavo has none of its own for {model_type!r}"
+        reason = (
+            f"of a multimodal checkpoint the language model runs, but Octavo has none of its own for {model_type!r}"
+        )
         raise refusal(config.architecture, [reason])
     causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
     if causal_lm is None:

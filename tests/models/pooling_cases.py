@@ -60,6 +60,7 @@ CASES = {
     "qwen3-last": Case("Qwen3ForCausalLM", {**DECODER, "tie_word_embeddings": True}, "lasttoken", without_prefix=True),
     "qwen3-mean": Case("Qwen3ForCausalLM", {**DECODER, "tie_word_embeddings": False}, "mean_tokens"),
     "mistral-last-window": Case("MistralModel", {**DECODER, "sliding_window": 20}, "lasttoken"),
+    "gemma3-last": Case("Gemma3TextModel", {**DECODER, "sliding_window": 20}, "lasttoken"),
     "gpt-oss-last": Case(  # its experts are stored as stacks
         "GptOssForCausalLM",
         {
