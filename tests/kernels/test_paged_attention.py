@@ -70,7 +70,12 @@ def run_step(
     slot_mapping = torch.tensor(slots + [-1] * padding, device=DEVICE)
     start = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
     lens_tensor = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
-    table, cache = table.to(DEVICE), cache.to(DEVICE)
+    left = cache.clone()
+    for row, (query, total) in enumerate(lens):
+        # Blocks before the window are somebody else's by now.
+        for column in range(max(0, total - query + 1 - (spec.sliding_window or total)) // page):
+            left[int(table[row, column])] = float("nan")
+    table, cache, left = table.to(DEVICE), cache.to(DEVICE), left.to(DEVICE)
     step = StepShape(
         num_tokens=sum(query_lens), num_reqs=len(lens), max_query_len=max(query_lens), max_seq_len=max(seq_lens),
         query_lens=tuple(query_lens), seq_lens=tuple(seq_lens),
@@ -83,9 +88,10 @@ def run_step(
         step = StepShape(tokens, reqs, tokens, 4096, (tokens,) * reqs, (4096,) * reqs, is_bound=True)
     meta = backend.plan(step, start, lens_tensor, table, slot_mapping)
     out = torch.full_like(q, 7.0)
-    backend.write(new[:, 0], new[:, 1], cache, meta)
+    for each in (cache, left):
+        backend.write(new[:, 0], new[:, 1], each, meta)
     sinks = torch.randn(spec.num_heads).to(DEVICE) * 3 + 1 if spec.has_sinks else None
-    backend.attend(q, new[:, 0], new[:, 1], cache, meta, out, sinks)
+    backend.attend(q, new[:, 0], new[:, 1], left, meta, out, sinks)
     expected = paged_attention_ref(
         q, cache, table, start, lens_tensor, scale=spec.scale, window=spec.sliding_window, softcap=spec.logit_softcap,
         sinks=sinks,

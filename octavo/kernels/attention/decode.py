@@ -182,10 +182,13 @@ def _decode(
     m = tl.full([ROWS, 1], MASKED, tl.float32)
     total = tl.zeros([ROWS, 1], tl.float32)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0)
     for start in tl.range(low, high, TILE, num_stages=STAGES):
         start = tl.multiple_of(start, TILE)
         k, v = load_tile(
-            cache, descriptor, table, start, high, kv_head, stride_block, stride_kv, stride_head,
+            cache, descriptor, table, start, first, high, kv_head, stride_block, stride_kv, stride_head,
             G, D, D_PAD, PAGE, TILE, TMA,
         )  # fmt: skip
         k = k.to(queries.dtype)

@@ -30,13 +30,14 @@ _PROGRAMS = 256
 
 @triton.jit
 def _load(
-    cache, table, start, end, kv_head, stride_block, stride_kv, stride_head, stride_slot,
+    cache, table, start, first, end, kv_head, stride_block, stride_kv, stride_head, stride_slot,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values ``[TILE, D_PAD]`` of the tokens from ``start``; 0 from ``end`` on."""
+    """Keys and values ``[TILE, D_PAD]`` of the tokens from ``start``; 0 before ``first``, where the table may name
+    blocks of others, and from ``end`` on."""
     tokens = start + tl.arange(0, TILE)
     offs_d = tl.arange(0, D_PAD)
-    is_there = tokens < end
+    is_there = (tokens >= first) & (tokens < end)
     pages = tl.load(table + tokens // PAGE, mask=is_there, other=0).to(tl.int64)
     rows = pages * stride_block + kv_head * stride_head + (tokens % PAGE) * stride_slot
     at = cache + rows[:, None] + offs_d[None, :]
@@ -109,7 +110,7 @@ def _decode_few(
         wq = tl.load(q_weight + offs_d, mask=offs_d < D, other=0.0)[None, :]
         wk = tl.load(k_weight + offs_d, mask=offs_d < D, other=0.0)[None, :]
     k, v = _load(
-        cache, table, low, end, kv_head, stride_block, stride_kv, stride_head, stride_slot, D, D_PAD, PAGE, TILE
+        cache, table, low, first, end, kv_head, stride_block, stride_kv, stride_head, stride_slot, D, D_PAD, PAGE, TILE
     )
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -138,7 +139,20 @@ def _decode_few(
     m, total, acc = _see(queries, k, v, low, first, end, scale, softcap, m, total, acc, TILE, HAS_SOFTCAP, PRECISION)
     for start in tl.range(low + TILE, end, TILE, num_stages=1):
         k, v = _load(
-            cache, table, start, end, kv_head, stride_block, stride_kv, stride_head, stride_slot, D, D_PAD, PAGE, TILE
+            cache,
+            table,
+            start,
+            first,
+            end,
+            kv_head,
+            stride_block,
+            stride_kv,
+            stride_head,
+            stride_slot,
+            D,
+            D_PAD,
+            PAGE,
+            TILE,
         )
         m, total, acc = _see(
             queries, k, v, start, first, end, scale, softcap, m, total, acc, TILE, HAS_SOFTCAP, PRECISION

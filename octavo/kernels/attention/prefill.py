@@ -29,16 +29,16 @@ from octavo.kernels.gpu.launch import has_pdl, launch_options
 
 @triton.jit
 def _attend(
-    acc, total, m, queries, cache, descriptor, table, low, high, end, positions, kv_head, scale, softcap,
+    acc, total, m, queries, cache, descriptor, table, low, high, first, end, positions, kv_head, scale, softcap,
     stride_block, stride_kv, stride_head,
     G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr,
     MASK: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Keys ``low .. high``, both multiples of TILE but for the end."""
+    """Keys ``low .. high``, both multiples of TILE but for the end; nobody sees those before ``first``."""
     for start in tl.range(low, high, TILE, num_stages=STAGES):
         start = tl.multiple_of(start, TILE)
         k, v = load_tile(
-            cache, descriptor, table, start, end, kv_head, stride_block, stride_kv, stride_head,
+            cache, descriptor, table, start, first, end, kv_head, stride_block, stride_kv, stride_head,
             G, D, D_PAD, PAGE, TILE, TMA,
         )  # fmt: skip
         k = k.to(queries.dtype)
@@ -99,27 +99,29 @@ def _prefill(
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     m = tl.full([ROWS], MASKED, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    first = 0
     if WINDOW > 0:
-        low = tl.maximum(first_position - WINDOW + 1, 0) // TILE * TILE
+        first = tl.maximum(first_position - WINDOW + 1, 0)
+        low = first // TILE * TILE
         # Keys seen by every row: from the last row's window to the first row's own key.
         all_low = tl.maximum((end - WINDOW + TILE - 1) // TILE * TILE, low)
         full = tl.maximum((first_position + 1) // TILE * TILE, low)
         all_low = tl.minimum(all_low, full)
         acc, total, m = _attend(
-            acc, total, m, queries, cache, descriptor, table, low, all_low, end, positions, kv_head, scale, softcap,
-            stride_block, stride_kv, stride_head, G, D, D_PAD, PAGE, TILE, TMA, True, WINDOW, HAS_SOFTCAP, PRECISION,
-            STAGES,
+            acc, total, m, queries, cache, descriptor, table, low, all_low, first, end, positions, kv_head, scale,
+            softcap, stride_block, stride_kv, stride_head, G, D, D_PAD, PAGE, TILE, TMA, True, WINDOW, HAS_SOFTCAP,
+            PRECISION, STAGES,
         )  # fmt: skip
     else:
         all_low = 0
         full = (first_position + 1) // TILE * TILE
     acc, total, m = _attend(
-        acc, total, m, queries, cache, descriptor, table, all_low, full, end, positions, kv_head, scale, softcap,
+        acc, total, m, queries, cache, descriptor, table, all_low, full, first, end, positions, kv_head, scale, softcap,
         stride_block, stride_kv, stride_head, G, D, D_PAD, PAGE, TILE, TMA, False, WINDOW, HAS_SOFTCAP, PRECISION,
         STAGES,
     )  # fmt: skip
     acc, total, m = _attend(
-        acc, total, m, queries, cache, descriptor, table, full, end, end, positions, kv_head, scale, softcap,
+        acc, total, m, queries, cache, descriptor, table, full, end, first, end, positions, kv_head, scale, softcap,
         stride_block, stride_kv, stride_head, G, D, D_PAD, PAGE, TILE, TMA, True, WINDOW, HAS_SOFTCAP, PRECISION,
         STAGES,
     )  # fmt: skip

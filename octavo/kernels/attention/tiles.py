@@ -15,14 +15,15 @@ MASKED = tl.constexpr(-1.0e30)
 
 @triton.jit
 def load_tile(
-    cache, descriptor, table, start, end, kv_head,
+    cache, descriptor, table, start, first, end, kv_head,
     stride_block, stride_kv, stride_head,
     G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Keys and values ``[TILE, D_PAD]`` of the tokens ``start .. start + TILE`` of one sequence.
 
     Rows at and after ``end`` hold finite rubbish: the caller masks their scores. Where TILE divides PAGE the tile lies
-    in one page, so ``start`` is a multiple of TILE.
+    in one page, so ``start`` is a multiple of TILE. Elsewhere it may begin in pages before that of ``first``, the first
+    token that anybody sees: their blocks may be those of others by now, and hold anything. They are not read.
     """
     offs_d = tl.arange(0, D_PAD)
     if TMA:
@@ -38,9 +39,10 @@ def load_tile(
             # A slot that was never written may hold anything: read only what is there.
             mask = (tokens < end)[:, None]
         else:
-            pages = tl.load(table + tokens // PAGE, mask=tokens < end, other=0).to(tl.int64)
+            is_there = (tokens >= first) & (tokens < end)
+            pages = tl.load(table + tokens // PAGE, mask=is_there, other=0).to(tl.int64)
             rows = pages * stride_block + (tokens % PAGE) * D
-            mask = (tokens < end)[:, None]
+            mask = is_there[:, None]
         if D_PAD > D:
             mask = mask & (offs_d < D)[None, :]
         at = cache + rows[:, None] + kv_head * stride_head + offs_d[None, :]
