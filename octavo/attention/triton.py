@@ -31,7 +31,8 @@ class TritonMetadata(AttentionMetadata):
     """What all layers of a step share."""
 
     work: WorkList | None
-    """Of the requests with one query; None when there are none, and for ``few`` until a layer asks for it."""
+    """Of the requests with one query; None when there are none. With ``few`` it is made by the first layer that calls
+    ``attend``."""
     tiles: Tensor | None
     """Of the other requests; None when there are none."""
     few: FewDecodes | None

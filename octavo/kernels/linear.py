@@ -14,6 +14,12 @@ from octavo.kernels.gpu import gpu_kernels
 from octavo.kernels.skinny import MAX_ROWS, OneRowPlan, SkinnyPlan, choose_plan, one_row_plan
 
 
+Activation = Callable[[Tensor], Tensor]
+"""``[T, 2F] -> [T, F]``: ``act(first half) * second half``; the argument may be overwritten."""
+_FUSED: dict[Activation, str] = {silu_and_mul: "silu", gelu_tanh_and_mul: "gelu_tanh"}
+"""Activations that the kernels of products know, and what they call them."""
+
+
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x [T, K]`` times ``weight [N, K]``, plus ``bias [N]``, summed in float32. Returns ``[T, N]`` of x's dtype."""
     y = x.float() @ weight.float().t()
@@ -27,12 +33,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias) if plan is None else gpu_kernels("one_row").one_row(x, weight, bias, plan)
     plan = _plan(x, weight, is_gated=False)
     return F.linear(x, weight, bias) if plan is None else gpu_kernels("linear").linear(x, weight, bias, plan)
-
-
-Activation = Callable[[Tensor], Tensor]
-"""``[T, 2F] -> [T, F]``: ``act(first half) * second half``; the argument may be overwritten."""
-_FUSED: dict[Activation, str] = {silu_and_mul: "silu", gelu_tanh_and_mul: "gelu_tanh"}
-"""Activations that the kernels of products know, and what they call them."""
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:

@@ -30,7 +30,11 @@ class Embedding(Layer):
         self.weight = Parameter((vocab_size, hidden_size), self._allocate, self._finish)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """``[T] -> [T, E]``; a fresh tensor that the caller may change in place."""
+        """``[T] -> [T, E]``; a fresh tensor that the caller may change in place.
+
+        On a GPU this kernel is not launched early: what the layers read before the kernels in front of them are done
+        (``kernels/attention/decode_few.py``) was complete when it began.
+        """
         return F.embedding(input_ids, self._table).to(self._context.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:

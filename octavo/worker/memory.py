@@ -176,12 +176,20 @@ def bound_kv_bytes(memory: DeviceMemory, cache: CacheConfig, weights_bytes: int,
         weights_bytes: Already taken.
         activation_bytes: Will be taken.
     """
-    free = memory.free - activation_bytes
-    if cache.kv_cache_memory_bytes is not None or cache.num_blocks_override is not None:
+    free = memory.free - activation_bytes - reserve_bytes(memory, cache)
+    if _is_outright(cache):
         return max(0, free)
-    reserve = min(_MAX_RESERVE_BYTES, int(memory.total * _RESERVE_SHARE))
     ceiling = int(memory.total * cache.memory_utilization) - weights_bytes - activation_bytes
-    return max(0, min(ceiling, free - reserve))
+    return max(0, min(ceiling, free))
+
+
+def reserve_bytes(memory: DeviceMemory, cache: CacheConfig) -> int:
+    """What is left alone: nothing where the user gave the size of the KV cache outright."""
+    return 0 if _is_outright(cache) else min(_MAX_RESERVE_BYTES, int(memory.total * _RESERVE_SHARE))
+
+
+def _is_outright(cache: CacheConfig) -> bool:
+    return cache.kv_cache_memory_bytes is not None or cache.num_blocks_override is not None
 
 
 def check_cache_fits(memory: DeviceMemory, wanted_bytes: int) -> None:

@@ -43,6 +43,7 @@ from octavo.worker.memory import (
     group_layers,
     make_kv_spec,
     max_logits_rows,
+    reserve_bytes,
 )
 from octavo.worker.model_runner import PROMPT_PIECE, ModelRunner, Recordings
 from octavo.worker.outputs import Pending, StepFuture
@@ -94,8 +95,10 @@ class Worker:
         self._device.set_num_threads(config.device.num_threads)
         self._at_start = self._device.memory()
         self._ledger: dict[str, int] = {}
-        self._is_warm = False
         """Bytes by purpose, in the order in which they are taken."""
+        self._kept: dict[str, int] = {}
+        """Bytes that are left free, by purpose."""
+        self._is_warm = False
         self._queue: deque[QueuedStep] = deque()
         self._runner: StepRunner | None = None
 
@@ -134,6 +137,7 @@ class Worker:
         memory = self._device.memory()
         available = bound_kv_bytes(memory, config.cache, weights, activation)
         self._ledger = {"weights": weights}
+        self._kept = {"activations at most": activation, "reserve": reserve_bytes(memory, config.cache)}
         logger.debug(
             "memory: %d total, %d free, %d weights, %d working memory at most, %d for the KV cache",
             memory.total, memory.free, weights, activation, available,
@@ -301,11 +305,14 @@ class Worker:
         """What was counted against what the device says, and what is left for the largest step."""
         now = self._device.memory()
         counted, used = sum(self._ledger.values()), self._at_start.free - now.free
-        lines = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self._ledger.items())
+        lines, kept = (
+            ", ".join(f"{name} {size / 2**30:.2f}" for name, size in each.items())
+            for each in (self._ledger, self._kept)
+        )
         logger.info(
-            "memory in GiB: %s; together %.2f, the device says %.2f (%+.1f %% of its %.1f); %.2f free",
+            "memory in GiB: %s; together %.2f, the device says %.2f (%+.1f %% of its %.1f); %.2f free for %s",
             lines, counted / 2**30, used / 2**30, 100 * (counted - used) / now.total, now.total / 2**30,
-            now.free / 2**30,
+            now.free / 2**30, kept,
         )  # fmt: skip
 
     def forward(self, plan: SchedulerOutput, mask: bytes | None) -> Future[ModelRunnerOutput]:

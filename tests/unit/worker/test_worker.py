@@ -166,6 +166,21 @@ def test_the_kv_ledger() -> None:
     assert bound_kv_bytes(DeviceMemory(GIB, 0), cache, 10 * GIB, GIB) == 0
 
 
+def test_the_ledger_names_what_is_taken_and_what_is_kept_free(caplog: pytest.LogCaptureFixture) -> None:
+    worker = Worker(CONFIG)
+    worker.load()
+    worker._at_start = DeviceMemory(total=100 * GIB, free=90 * GIB)
+    worker._device.memory = lambda: DeviceMemory(total=100 * GIB, free=60 * GIB)  # type: ignore[method-assign]
+    worker._ledger = {"weights": 10 * GIB, "KV cache": 19 * GIB}
+    worker._kept = {"activations at most": 5 * GIB, "reserve": GIB // 2}
+    with caplog.at_level("INFO", logger="octavo"):
+        worker._log_ledger()
+    assert caplog.messages[-1] == (
+        "memory in GiB: weights 10.00, KV cache 19.00; together 29.00, the device says 30.00 (-1.0 % of its 100.0); "
+        "60.00 free for activations at most 5.00, reserve 0.50"
+    )
+
+
 def test_working_memory_grows_with_the_step_but_not_with_the_prompts_logits() -> None:
     limits = CONFIG.scheduler
 
