@@ -13,7 +13,6 @@ from octavo.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.gpu import gpu_kernels
 from octavo.kernels.skinny import MAX_ROWS, OneRowPlan, SkinnyPlan, choose_plan, one_row_plan
 
-
 Activation = Callable[[Tensor], Tensor]
 """``[T, 2F] -> [T, F]``: ``act(first half) * second half``; the argument may be overwritten."""
 _FUSED: dict[Activation, str] = {silu_and_mul: "silu", gelu_tanh_and_mul: "gelu_tanh"}
