@@ -85,9 +85,10 @@ class OpenRequest:
     def note(self, output: EngineCoreOutput) -> None:
         """Take in what was delivered; correct what a later engine cannot know."""
         if output.new_token_ids:
-            self.first_token_s = self.first_token_s or time.monotonic()
             self.output_token_ids += output.new_token_ids
             self.has_progress = True
+            if not self.first_token_s:
+                self.first_token_s = time.monotonic()
         if output.prompt_logprobs is not None:
             self.num_prompt_logprobs += len(output.prompt_logprobs.token_ids)
             self.has_progress = True
@@ -96,8 +97,8 @@ class OpenRequest:
             output.num_cached_tokens = self.num_cached_tokens
             if output.timings is not None:
                 self._correct(output.timings)
-        else:
-            self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        elif output.num_cached_tokens > self.num_cached_tokens:
+            self.num_cached_tokens = output.num_cached_tokens
 
     def _correct(self, timings: RequestTimings) -> None:
         timings.queued_s = self.submitted_s

@@ -64,6 +64,8 @@ class Detokenizer:
         self.token_ids: list[int] = []
         self._stream = stream
         self._stops = list(stops) if stream is not None else []
+        self.has_stops = bool(self._stops)
+        """Whether ``push`` can end the answer."""
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         longest = max(map(len, self._stops), default=1)

@@ -129,6 +129,13 @@ class _Answer:
             Whether a stop string ended the answer while the core goes on with it.
         """
         detokenizer, reason, num_new = self.detokenizer, output.finish_reason, len(output.new_token_ids)
+        if reason is None and output.logprobs is None and not detokenizer.has_stops:
+            # Nearly every output: some tokens more, and nothing else.
+            if num_new:
+                detokenizer.push(output.new_token_ids)
+                self.request.stats.num_generation_tokens += num_new
+                self.is_new = True
+            return False
         num_before = len(detokenizer.token_ids)
         stop = detokenizer.push(output.new_token_ids, hide_last=reason is FinishReason.STOP and self._hides_stop_token)
         if stop is not None:
