@@ -229,7 +229,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, action="append", help="tokens of the request; may be repeated")
     parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
-    for name in options.models.split(","):
+    names = options.models.split(",")
+    if unknown := [name for name in names if name not in SHAPES]:
+        parser.error(f"--models: {unknown[0]!r} is not one of {', '.join(SHAPES)}")
+    for name in names:
         shape = SHAPES[name]
         for context in options.context or (128, 256, 1024, 4096):
             model = Model(shape, context)
