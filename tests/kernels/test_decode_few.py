@@ -6,22 +6,17 @@ roundings, and when a token does not see itself.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-pytest.importorskip("triton")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (IS_INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+from tests.kernels.device import DEVICE, IS_INTERPRETED
 
-from octavo.kernels.attention.decode_few import decode_few, suits  # noqa: E402
-from octavo.kernels.attention.reference import paged_attention_ref  # noqa: E402
-from octavo.kernels.rope import norm_rotate_write_ref  # noqa: E402
+# isort: split
+from octavo.kernels.attention.decode_few import decode_few, suits
+from octavo.kernels.attention.reference import paged_attention_ref
+from octavo.kernels.rope import norm_rotate_write_ref
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 DTYPES = [torch.float32] if IS_INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 LENGTHS = [1, 16, 17, 129, 500, 0]

@@ -7,20 +7,16 @@ mixes up rows, or draws where nothing can be drawn.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-pytest.importorskip("triton")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (IS_INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+from tests.kernels.device import DEVICE, IS_INTERPRETED
 
-from octavo.kernels.gpu.sampling import draw_rows  # noqa: E402
-from octavo.kernels.sampling.draw import mix_seed  # noqa: E402
-from octavo.kernels.sampling.filters import FilterColumns, kept_threshold_ref  # noqa: E402
-from octavo.kernels.sampling.rows import RowColumns, draw_rows_ref  # noqa: E402
+# isort: split
+from octavo.kernels.gpu.sampling import draw_rows
+from octavo.kernels.sampling.draw import mix_seed
+from octavo.kernels.sampling.filters import FilterColumns, kept_threshold_ref
+from octavo.kernels.sampling.rows import RowColumns, draw_rows_ref
 
 # Triton 3.6's interpreter on NumPy 2, whose integers warn when they wrap.
 pytestmark = [
@@ -28,7 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
 ]
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] if IS_INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 NUM_ROWS = 7
 

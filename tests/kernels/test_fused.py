@@ -7,20 +7,16 @@ it must not.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-pytest.importorskip("triton")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (IS_INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+from tests.kernels.device import DEVICE, IS_INTERPRETED
 
-from octavo.kernels.activation import gelu_tanh_and_mul_ref, silu_and_mul_ref  # noqa: E402
-from octavo.kernels.gpu import activation, norm, rope  # noqa: E402
-from octavo.kernels.norm import add_rms_norm_ref, rms_norm_ref  # noqa: E402
-from octavo.kernels.rope import norm_rotate_write_ref  # noqa: E402
+# isort: split
+from octavo.kernels.activation import gelu_tanh_and_mul_ref, silu_and_mul_ref
+from octavo.kernels.gpu import activation, norm, rope
+from octavo.kernels.norm import add_rms_norm_ref, rms_norm_ref
+from octavo.kernels.rope import norm_rotate_write_ref
 
 # Triton 3.6's interpreter on NumPy 2; a sigmoid whose exponential overflows is 0, as it should be.
 pytestmark = [
@@ -28,7 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 # One rounding step of the dtype may fall the other way: sums run in another order.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # The interpreter cuts bfloat16 off instead of rounding (Triton 3.6).

@@ -3,24 +3,20 @@ and on a GPU. Red when a page lands in the wrong place, or a request in the wron
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (IS_INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+from tests.kernels.device import DEVICE
 
-from octavo.attention import library_prefill  # noqa: E402
-from octavo.attention.library_prefill import LibraryPrefillBackend  # noqa: E402
-from octavo.kernels.attention.gather import gather_pages, gather_pages_ref  # noqa: E402
-from tests.unit.attention.test_torch_sdpa import SPEC, check_backend, dense  # noqa: E402
+# isort: split
+from octavo.attention import library_prefill
+from octavo.attention.library_prefill import LibraryPrefillBackend
+from octavo.kernels.attention.gather import gather_pages, gather_pages_ref
+from tests.unit.attention.test_torch_sdpa import SPEC, check_backend, dense
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 
 
 class PlainLibrary(LibraryPrefillBackend):

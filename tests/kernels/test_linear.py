@@ -6,35 +6,31 @@ part of the columns, the bias or a row is left out or added twice, or when the t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (IS_INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+from tests.kernels.device import DEVICE, IS_INTERPRETED
 
-import octavo.kernels.linear  # noqa: E402
-from octavo.kernels.activation import (  # noqa: E402
+# isort: split
+import octavo.kernels.linear
+from octavo.kernels.activation import (
     gelu_and_mul,
     gelu_tanh_and_mul,
     gelu_tanh_and_mul_ref,
     silu_and_mul,
     silu_and_mul_ref,
 )
-from octavo.kernels.gpu.linear import gated_linear, linear  # noqa: E402
-from octavo.kernels.linear import linear_ref  # noqa: E402
-from octavo.kernels.skinny import SkinnyPlan, candidates, choose_plan  # noqa: E402
+from octavo.kernels.gpu.linear import gated_linear, linear
+from octavo.kernels.linear import linear_ref
+from octavo.kernels.skinny import SkinnyPlan, candidates, choose_plan
 
 # Triton 3.6's interpreter on NumPy 2.
 pytestmark = [
     *([] if IS_INTERPRETED else [pytest.mark.gpu]),
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 # The interpreter computes bfloat16 products wrongly (Triton 3.6), so it is tested in float16 there.
 DTYPES = [torch.float16] if IS_INTERPRETED else [torch.float16, torch.bfloat16]
 SHAPES = [(192, 640)] if IS_INTERPRETED else [(128, 256), (1024, 2048), (4096, 14336), (6144, 4096)]

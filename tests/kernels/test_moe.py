@@ -7,26 +7,22 @@ left out or read beyond, or a bias, an activation or a weight is forgotten.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-pytest.importorskip("triton")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (IS_INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+from tests.kernels.device import DEVICE, IS_INTERPRETED
 
-from octavo.kernels.gpu import moe  # noqa: E402
-from octavo.kernels.moe.align import align_ref, max_tiles  # noqa: E402
-from octavo.kernels.moe.experts import (  # noqa: E402
+# isort: split
+from octavo.kernels.gpu import moe
+from octavo.kernels.moe.align import align_ref, max_tiles
+from octavo.kernels.moe.experts import (
     Activation,
     ExpertTensors,
     combine_ref,
     experts_by_plan,
     experts_ref,
 )
-from octavo.kernels.moe.plans import (  # noqa: E402
+from octavo.kernels.moe.plans import (
     GROUPED_MM,
     MoePlan,
     MoeShape,
@@ -35,7 +31,7 @@ from octavo.kernels.moe.plans import (  # noqa: E402
     choose_plan,
     default_plan,
 )
-from octavo.kernels.moe.routing import Routing, Scoring, route_ref  # noqa: E402
+from octavo.kernels.moe.routing import Routing, Scoring, route_ref
 
 # Triton 3.6's interpreter on NumPy 2; a sigmoid whose exponential overflows is 0, as it should be.
 pytestmark = [
@@ -44,7 +40,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 # The interpreter computes bfloat16 products wrongly (Triton 3.6), so it is tested in float16 there.
 DTYPES = [torch.float16, torch.float32] if IS_INTERPRETED else [torch.float16, torch.bfloat16, torch.float32]
 RULES = {

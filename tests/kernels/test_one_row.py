@@ -6,24 +6,19 @@ by separate kernels.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-pytest.importorskip("triton")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (IS_INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+from tests.kernels.device import DEVICE, IS_INTERPRETED
 
-from octavo.kernels.activation import gelu_tanh_and_mul_ref, silu_and_mul_ref  # noqa: E402
-from octavo.kernels.gpu.one_row import one_row  # noqa: E402
-from octavo.kernels.linear import linear_ref  # noqa: E402
-from octavo.kernels.norm import rms_norm_ref  # noqa: E402
-from octavo.kernels.skinny import OneRowPlan, one_row_plan  # noqa: E402
+# isort: split
+from octavo.kernels.activation import gelu_tanh_and_mul_ref, silu_and_mul_ref
+from octavo.kernels.gpu.one_row import one_row
+from octavo.kernels.linear import linear_ref
+from octavo.kernels.norm import rms_norm_ref
+from octavo.kernels.skinny import OneRowPlan, one_row_plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 # The interpreter computes bfloat16 products wrongly (Triton 3.6).
 DTYPES = [torch.float16] if IS_INTERPRETED else [torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}

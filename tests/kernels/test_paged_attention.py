@@ -6,26 +6,22 @@ where there is neither. Red when a kernel reads a wrong page, key, head or mask,
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (IS_INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+from tests.kernels.device import DEVICE, IS_INTERPRETED
 
-from octavo.attention.backend import AttentionSpec  # noqa: E402
-from octavo.attention.triton import TritonBackend  # noqa: E402
-from octavo.batch import StepShape  # noqa: E402
-from octavo.kernels.attention.decode import make_work_list  # noqa: E402
-from octavo.kernels.attention.reference import paged_attention_ref  # noqa: E402
+# isort: split
+from octavo.attention.backend import AttentionSpec
+from octavo.attention.triton import TritonBackend
+from octavo.batch import StepShape
+from octavo.kernels.attention.decode import make_work_list
+from octavo.kernels.attention.reference import paged_attention_ref
 
 # Triton 3.6's interpreter on NumPy 2.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 # The interpreter computes bfloat16 products wrongly (Triton 3.6), and takes a second for a step.
 DTYPES = [torch.float32] if IS_INTERPRETED else list(TOLERANCE)

@@ -6,20 +6,15 @@ Red when a row, column or length is mixed up, or when the dummy row gets a slot 
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-pytest.importorskip("triton")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (IS_INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+from tests.kernels.device import DEVICE
 
-from octavo.kernels.rows import decode_step  # noqa: E402
+# isort: split
+from octavo.kernels.rows import decode_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 ROWS, WIDTH = 12, 4000
 
 

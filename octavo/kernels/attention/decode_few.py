@@ -69,8 +69,7 @@ def _decode_few(
     qkv, cache, block_table, seq_lens, positions, slots, rotations, q_weight, k_weight, out, partial, partial_lse,
     sinks, counts,
     most_parts, scale, softcap, eps, stride_token, out_stride_t, out_stride_h, table_stride, stride_block, stride_kv,
-    stride_head,
-    stride_slot,
+    stride_head, stride_slot,
     H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
     WINDOW: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -139,21 +138,9 @@ def _decode_few(
     m, total, acc = _see(queries, k, v, low, first, end, scale, softcap, m, total, acc, TILE, HAS_SOFTCAP, PRECISION)
     for start in tl.range(low + TILE, end, TILE, num_stages=1):
         k, v = _load(
-            cache,
-            table,
-            start,
-            first,
-            end,
-            kv_head,
-            stride_block,
-            stride_kv,
-            stride_head,
-            stride_slot,
-            D,
-            D_PAD,
-            PAGE,
-            TILE,
-        )
+            cache, table, start, first, end, kv_head, stride_block, stride_kv, stride_head, stride_slot,
+            D, D_PAD, PAGE, TILE,
+        )  # fmt: skip
         m, total, acc = _see(
             queries, k, v, start, first, end, scale, softcap, m, total, acc, TILE, HAS_SOFTCAP, PRECISION
         )
