@@ -234,6 +234,21 @@ class AsyncLLM:
         for children in groups:
             self._frontend.client.abort(children, only_if_waiting=only_if_waiting)
 
+    async def abort_everywhere(self, request_ids: Sequence[str], tenant: str | None) -> list[str]:
+        """End requests of all frontends of the engine, by the ids that their clients know; see ``abort``.
+
+        Args:
+            request_ids: Names; unknown ones are passed over.
+            tenant: Whose requests; None for anybody's.
+
+        Returns:
+            The names that were known.
+
+        Raises:
+            EngineDeadError: The engine has ended.
+        """
+        return await asyncio.to_thread(self._frontend.client.call, "abort_named", list(request_ids), tenant)
+
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None) -> TokensPrompt:
         """A conversation as a prompt for ``generate``.
 
