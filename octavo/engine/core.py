@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
@@ -55,6 +55,7 @@ class PlansSteps(Protocol):
     def grammar_mask(self, plan: SchedulerOutput, /) -> bytes | None: ...
     def snapshot(self) -> EngineSnapshot: ...
     def timeline(self, request_id: str, /) -> list[RequestTimeline]: ...
+    def find(self, request_ids: Collection[str], tenant: str | None, /) -> dict[str, list[str]]: ...
     def reset_prefix_cache(self) -> bool: ...
     def check_books(self) -> None: ...
 
@@ -106,6 +107,7 @@ class EngineCore:
         self._on_step: Callable[[], None] = _nothing
         self._calls: dict[str, Callable[..., Any]] = {
             "abort_client": self._abort_client,
+            "abort_named": self._abort_named,
             "check_books": scheduler.check_books,
             "ping": lambda: "pong",
             "reset_prefix_cache": scheduler.reset_prefix_cache,
@@ -260,6 +262,12 @@ class EngineCore:
         for request_id in request_ids:
             del self._client_of[request_id]
         return len(request_ids)
+
+    def _abort_named(self, request_ids: list[str], tenant: str | None) -> list[str]:
+        """End requests of whichever frontend, which gets their last outputs. Returns the names that were known."""
+        found = self._scheduler.find(request_ids, tenant)
+        self._deliver(self._scheduler.abort(list({each: None for ids in found.values() for each in ids})))
+        return list(found)
 
     def _finish(self, step: InFlight) -> None:
         result = step.future.result()  # waits for this step only, not for those queued behind it

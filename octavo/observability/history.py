@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from octavo.messages import RequestTimeline
 
@@ -16,6 +17,7 @@ CAPACITY = 1000
 MAX_PREEMPTION_TIMES = 100
 """Preemptions of one request whose times are kept; all are counted."""
 _PART = re.compile(r"(?:[#/]\d+)+")
+_LAST_PART = re.compile(r"[#/]\d+\Z")
 
 
 class RequestHistory:
@@ -52,3 +54,11 @@ def belongs_to(sequence_id: str, request_id: str) -> bool:
         return False
     rest = sequence_id[len(request_id) :]
     return not rest or _PART.fullmatch(rest) is not None
+
+
+def names_of(sequence_id: str) -> Iterator[str]:
+    """Ids of requests that a sequence ``belongs_to``: its own, and that without each of its last parts."""
+    yield sequence_id
+    while (part := _LAST_PART.search(sequence_id)) is not None:
+        sequence_id = sequence_id[: part.start()]
+        yield sequence_id

@@ -56,6 +56,8 @@ class StatsRecord(msgspec.Struct):
     counts: dict[str, list[int]]
     totals: dict[str, float]
     counters: list[tuple[str, dict[str, str], int]]
+    num_open: int = 0
+    """Requests that are open now."""
 
 
 class FinishedRequest(Protocol):

@@ -50,7 +50,7 @@ class StatsShare:
         Raises:
             OSError: It cannot be written.
         """
-        data = msgspec.msgpack.encode(self._mine().record())
+        data = msgspec.msgpack.encode(self._mine())
         if data == self._written:
             return
         fresh = self._file.with_suffix(f".{os.getpid()}.tmp")
@@ -60,12 +60,15 @@ class StatsShare:
 
     def total(self) -> RequestStats:
         """All processes together, this one as of now, the others as of their last second."""
-        total = self._mine()
-        for file in sorted(self._folder.glob("stats-*.msgpack")):
-            record = None if file == self._file else _read(file)
-            if record is not None:
-                total.merge(record)
+        total = RequestStats()
+        for record in (self._mine(), *self.others()):
+            total.merge(record)
         return total
+
+    def others(self) -> list[StatsRecord]:
+        """What the siblings have counted, as of their last second."""
+        files = sorted(file for file in self._folder.glob("stats-*.msgpack") if file != self._file)
+        return [record for record in map(_read, files) if record is not None]
 
     def close(self) -> None:
         """Publish a last time and end."""
@@ -74,12 +77,14 @@ class StatsShare:
             self._thread.join()
         self._try_to_publish()
 
-    def _mine(self) -> RequestStats:
+    def _mine(self) -> StatsRecord:
+        record = self._record()
+        if self._inherited is None:
+            return record
         mine = RequestStats()
-        mine.merge(self._record())
-        if self._inherited is not None:
-            mine.merge(self._inherited)
-        return mine
+        mine.merge(self._inherited)
+        mine.merge(record)
+        return msgspec.structs.replace(mine.record(), num_open=record.num_open)  # what a dead process had open is gone
 
     def _publish_regularly(self) -> None:
         while not self._stop.wait(PUBLISH_INTERVAL_S):

@@ -7,6 +7,7 @@ Decides nothing: who runs is decided in ``scheduler.py``, who has finished in ``
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import msgspec
@@ -14,7 +15,7 @@ import msgspec
 from octavo.kv_cache.manager import KVCacheManager, PrefixHit
 from octavo.messages import EngineSnapshot, FinishReason, RequestTimeline
 from octavo.observability.histogram import TOKENS_PER_STEP
-from octavo.observability.history import MAX_PREEMPTION_TIMES, RequestHistory, belongs_to
+from octavo.observability.history import MAX_PREEMPTION_TIMES, RequestHistory, belongs_to, names_of
 from octavo.scheduler.policy import SchedulingPolicy
 from octavo.scheduler.request import Request, RequestStatus
 
@@ -141,6 +142,21 @@ class Books:
         """What became of a request: its sequences that have finished lately, then those in the books."""
         present = [_timeline(each) for each in self.requests.values() if belongs_to(each.request_id, request_id)]
         return self._history.find(request_id) + present
+
+    def find(self, request_ids: Collection[str], tenant: str | None) -> dict[str, list[str]]:
+        """Requests in the books by name: each name with its sequences. One look at each sequence, however many names.
+
+        Args:
+            request_ids: Names to look for; those that are not there are left out.
+            tenant: Whose; None for anybody's.
+        """
+        wanted, found = set(request_ids), dict[str, list[str]]()
+        for each in self.requests.values():
+            if tenant is None or each.tenant == tenant:
+                for name in names_of(each.request_id):
+                    if name in wanted:
+                        found.setdefault(name, []).append(each.request_id)
+        return found
 
     def snapshot(self, now_s: float) -> EngineSnapshot:
         """A copy of the counters with the gauges of this moment."""

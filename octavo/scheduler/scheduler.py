@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from octavo.config.sections import CacheConfig, SchedulerConfig
@@ -202,6 +202,10 @@ class Scheduler:
     def timeline(self, request_id: str) -> list[RequestTimeline]:
         """What became of a request, one entry per sequence of it; empty if it is not known (any more)."""
         return self._books.timeline(request_id)
+
+    def find(self, request_ids: Collection[str], tenant: str | None) -> dict[str, list[str]]:
+        """Which of these requests are in the books, each with the ids of its sequences; see ``Books.find``."""
+        return self._books.find(request_ids, tenant)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. False, and nothing happens, while requests run."""

@@ -44,7 +44,9 @@ def make_router(service: Service) -> APIRouter:
         return answer(None if service.lifecycle is None else service.lifecycle.unready())
 
     async def load(_request: Request) -> Response:
-        """How many requests are open."""
+        """How many requests are open, in all HTTP processes."""
+        if service.metrics is not None:  # it knows of the siblings of this process, if there are any
+            return JSONResponse({"server_load": service.metrics.num_open()})
         return JSONResponse({"server_load": 0 if service.admission is None else service.admission.num_requests})
 
     routes: list[tuple[str, Handler, list[str]]] = [

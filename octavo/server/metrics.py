@@ -59,6 +59,12 @@ class ServerMetrics:
             return request_metrics(total, "")
         return engine.latest_metrics(total)
 
+    def num_open(self) -> int:
+        """Open requests that make the engine work: of this process as of now, of the others as of their last second."""
+        admission = self._service.admission
+        others = 0 if self._share is None else sum(each.num_open for each in self._share.others())
+        return others + (0 if admission is None else admission.num_requests)
+
     def page(self) -> bytes:
         """The body for a scraper."""
         mirror = self._service.config.mirror_vllm_metrics
@@ -108,7 +114,9 @@ class ServerMetrics:
             # All processes see one engine start anew, and each has its own requests.
             mine.count("engine_restarts", events.num_restarts if self._index == 0 else 0)
             mine.count("requests_replayed", events.num_replayed)
-        return mine.record()
+        record = mine.record()
+        record.num_open = 0 if self._service.admission is None else self._service.admission.num_requests
+        return record
 
 
 def make_router(service: Service) -> APIRouter:

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+PREFIXES = ("", "chatcmpl-", "cmpl-", "embd-", "pool-", "classify-", "score-", "rerank-")
+"""What routes put before a client's id of its request."""
+
+
+def names_of(request_id: str) -> list[str]:
+    """Ids that a client may mean by one: the id of an answer, or that of an ``X-Request-Id`` header."""
+    return [prefix + request_id for prefix in PREFIXES]
+
 
 class OpenRequests:
     """Requests that run, by the id that their client knows: what an abort looks up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,6 +12,7 @@ from octavo.errors import OctavoError
 from octavo.server.answers import installed_version
 from octavo.server.body import check_body, read_json
 from octavo.server.generation import DEFAULT_TENANT, tenant_of
+from octavo.server.open_requests import names_of
 from octavo.server.openapi import error_responses, json_route
 from octavo.server.schemas.tokens import AbortRequest
 from octavo.server.service import Service
@@ -41,29 +43,34 @@ def make_router(service: Service) -> APIRouter:
     )
     async def abort(request: Request, request_id: str) -> dict[str, Any]:
         """End a request that runs; its reader gets what there is, with finish_reason abort."""
-        ids = _find(service, request, request_id)
-        if not ids:
+        if not await _abort(service, request, [request_id]):
             raise MissingRequestError(f"no request {shorten(request_id, 100)!r} runs here", param="request_id")
-        await service.need_engine.abort(ids)
         return {"id": request_id, "object": "request.abort", "aborted": True}
 
     @router.post("/abort_requests", tags=["requests"], **json_route(AbortRequest))
     async def abort_requests(request: Request) -> dict[str, Any]:
         """End several; those that do not run are left out."""
         fields = check_body(AbortRequest, await read_json(request))
-        found = {each: ids for each in fields.request_ids if (ids := _find(service, request, each))}
-        await service.need_engine.abort([engine_id for ids in found.values() for engine_id in ids])
-        return {"aborted": list(found)}
+        return {"aborted": await _abort(service, request, fields.request_ids)}
 
     return router
 
 
-def _find(service: Service, request: Request, request_id: str) -> list[str]:
-    """Engine ids behind a client's id, with or without the prefix of its route. Nobody finds another tenant's."""
+async def _abort(service: Service, request: Request, request_ids: list[str]) -> list[str]:
+    """End requests by their clients' ids, with or without the prefix of their route, whichever HTTP process has them.
+    Nobody finds another tenant's. Returns those that ran."""
     tenant = tenant_of(request)
     owner = None if tenant == DEFAULT_TENANT else tenant
-    for prefix in ("", "chatcmpl-", "cmpl-"):
-        ids = service.open_requests.engine_ids(prefix + request_id, owner)
-        if ids:
-            return ids
-    return []
+    engine, find = service.need_engine, service.open_requests.engine_ids
+    found = {each: ids for each in request_ids if (ids := _first(find(name, owner) for name in names_of(each)))}
+    await engine.abort([engine_id for ids in found.values() for engine_id in ids])
+    missing = [each for each in request_ids if each not in found]
+    if not missing or service.config.api_server_count == 1:
+        return list(found)
+    # A sibling of this process may have them; the engine knows the requests of all.
+    known = set(await engine.abort_everywhere([name for each in missing for name in names_of(each)], owner))
+    return [each for each in request_ids if each in found or not known.isdisjoint(names_of(each))]
+
+
+def _first(groups: Iterable[list[str]]) -> list[str]:
+    return next((ids for ids in groups if ids), list[str]())

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from octavo.observability.history import CAPACITY
 from octavo.observability.timeline import describe_timeline
 from octavo.server.generation import tenant_of
+from octavo.server.open_requests import names_of
 from octavo.server.openai_errors import HTTPRefusal
 from octavo.server.openapi import error_responses
 from octavo.server.service import Service
@@ -28,9 +29,13 @@ def make_router(service: Service) -> APIRouter:
     async def timeline(request_id: str, request: Request) -> dict[str, Any]:
         """What became of a request, with times."""
         tenant = tenant_of(request)
-        known = await service.need_engine.timeline(request_id)
-        sequences = [each for each in known if each.tenant == tenant]  # not those of others who chose the same id
-        if not sequences:
+        engine = service.need_engine
+        for name in names_of(request_id):
+            known = await engine.timeline(name)
+            sequences = [each for each in known if each.tenant == tenant]  # not those of others who chose the same id
+            if sequences:
+                break
+        else:
             raise HTTPRefusal(
                 404,
                 f"no request {shorten(request_id, 100)!r} is running or among the last {format_count(CAPACITY)} that "

@@ -253,6 +253,44 @@ async def idle_cpu(server: ServerProcess, seconds: float) -> Figures:
     return {"idle CPU, % of one core": 100 * (used() - before) / (time.monotonic() - begin)}
 
 
+async def requests_of_siblings(server: ServerProcess, count: int) -> None:
+    """Whichever HTTP process is asked: it tells of the requests of all, and ends them. One id may run in several."""
+    shown: dict[int, str] = {}
+
+    async def open_one(index: int, request_id: str, begun: asyncio.Event) -> Answer:
+        def on_event(answer: Answer) -> None:
+            shown[index] = answer.events[0]["id"]
+            begun.set()
+
+        body = completion(1, 2000)
+        call = await Call.send(server.port, "/v1/completions", body, headers={"X-Request-Id": request_id})
+        return await call.answer(on_event)
+
+    names = [*(f"mine-{index}" for index in range(count)), *["same"] * count]
+    events = [asyncio.Event() for _ in names]
+    running = [
+        asyncio.create_task(open_one(index, name, begun))
+        for index, (name, begun) in enumerate(zip(names, events, strict=True))
+    ]
+    await asyncio.gather(*(begun.wait() for begun in events))
+    async with asyncio.timeout(WAIT_S):  # siblings hear of each other once a second
+        while (await ask(server.port, "/load")).json["server_load"] < len(names):
+            await asyncio.sleep(0.1)
+    for name in names[:count]:
+        timeline = await ask(server.port, f"/v1/requests/{name}/timeline")
+        assert timeline.status == 200, timeline.error
+        assert [each["status"] for each in timeline.json["sequences"]] == ["running"]
+        aborted = await ask(server.port, f"/v1/requests/{name}/abort", {})
+        assert aborted.status == 200, aborted.error
+    assert (await ask(server.port, "/v1/requests/mine/abort", {})).status == 404
+    left = {"nobody", *shown.values()} - {f"cmpl-{name}" for name in names[:count]}
+    while found := (await ask(server.port, "/abort_requests", {"request_ids": sorted(left)})).json["aborted"]:
+        assert "nobody" not in found  # again, for a process ends one of its own before a sibling's of that name
+    answers = await asyncio.gather(*running)
+    assert [(answer.status, answer.finish_reason) for answer in answers] == [(200, "abort")] * len(names)
+    await server.until_idle()
+
+
 async def several_http_processes(server: ServerProcess, count: int, max_tokens: int) -> Figures:
     """The engine dies under all HTTP processes, then one of these does: the others' streams never notice the latter."""
     figures = await kill_under_streams(server, count, max_tokens)

@@ -64,10 +64,11 @@ def test_streams_survive_the_engine_clients_may_vanish_and_sigterm_loses_nothing
 
 def test_several_http_processes_survive_each_other_and_a_second_sigterm_ends_all_at_once(play: Play) -> None:
     async def scenario(server: ServerProcess) -> None:
+        await scenarios.requests_of_siblings(server, 4)
         await scenarios.several_http_processes(server, 12, 60)
         await scenarios.second_sigterm(server)
 
-    play(scenario, "--api-server-count", "2")
+    play(scenario, "--api-server-count", "2", "--num-gpu-blocks-override", "1200")
 
 
 def test_more_connections_than_files_are_told_so_and_harm_nobody(play: Play) -> None:

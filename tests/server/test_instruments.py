@@ -25,6 +25,7 @@ from octavo.observability.request_stats import RequestStats
 from octavo.outputs import RequestStateStats
 from octavo.sampling_params import SamplingParams
 from octavo.server import app as server_app
+from octavo.server.admission import Admission
 from octavo.server.instruments import install
 from octavo.server.service import RequestRecord, Service
 from octavo.server.tracing import RequestTracer
@@ -113,6 +114,26 @@ def test_whoever_is_scraped_answers_for_all(tmp_path: Path) -> None:
         assert found["octavo:time_to_first_token_seconds_count"][0].value == 3
         assert found["octavo:generation_tokens_total"][0].value == 5, "the engine's own numbers are not added up"
     for close in closers:
+        close()
+
+
+def test_load_is_that_of_all_processes_and_not_of_the_dead(tmp_path: Path) -> None:
+    closers, services = [], []
+    for index, num_open in enumerate((2, 3)):
+        service, _ = make_service()
+        service.admission = Admission()
+        service.admission.num_requests = num_open
+        services.append(service)
+        closers.append(install(service, share_folder=str(tmp_path), index=index))
+    for service in services:
+        (load,) = ask(server_app.build_app(service), "/load")
+        assert load.json() == {"server_load": 5}
+    replacement, _ = make_service()
+    replacement.admission = Admission()
+    closers.append(install(replacement, share_folder=str(tmp_path), index=1))
+    (load,) = ask(server_app.build_app(services[0]), "/load")
+    assert load.json() == {"server_load": 2}
+    for close in reversed(closers):
         close()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Any
 
@@ -102,6 +102,9 @@ class CountingScheduler:
 
     def timeline(self, request_id: str) -> list[RequestTimeline]:
         return []
+
+    def find(self, request_ids: Collection[str], tenant: str | None) -> dict[str, list[str]]:
+        return {each: [each] for each in request_ids if each in self.requests}
 
     def reset_prefix_cache(self) -> bool:
         return not self.requests

@@ -97,6 +97,7 @@ def test_siblings_answer_for_each_other(tmp_path: Path) -> None:
     total = here.total()
     assert total.histograms["time_to_first_token_seconds"].total == 3.0
     assert list(total.counters.values()) == [3]
+    assert [record.num_open for record in here.others()] == [0]
     # One dies and another takes its place: no counter falls, and nothing counts twice.
     reborn = RequestStats()
     there = StatsShare(reborn.record, str(tmp_path), 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from octavo.messages import RequestTimeline, RequestTimings
-from octavo.observability.history import RequestHistory, belongs_to
+from octavo.observability.history import RequestHistory, belongs_to, names_of
 from octavo.observability.timeline import describe_timeline
 
 
@@ -31,6 +31,8 @@ def test_parts_of_a_request() -> None:
     for each in ("a", "a#0", "a#1", "a/0", "a/1#2", "ab", "a-1", "a/x", "b"):
         history.add(sequence(each))
     assert [each.request_id for each in history.find("a")] == ["a", "a#0", "a#1", "a/0", "a/1#2"]
+    assert list(names_of("a/1/0#1")) == ["a/1/0#1", "a/1/0", "a/1", "a"]
+    assert list(names_of("a/x#")) == ["a/x#"]
     assert not belongs_to("a-1", "a"), "a client's own request a-1 is not a part of a"
 
 
