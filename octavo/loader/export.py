@@ -50,7 +50,7 @@ def export_hf(gguf_path: str | Path, out_dir: str | Path, dtype: str = "bfloat16
     folder.mkdir(parents=True, exist_ok=True)
     load_config = LoadConfig(model=str(path), path=str(path), load_format="gguf", revision=None, seed=0)
     with GGUFFile(path, strings=()) as gguf:
-        shapes = {part.name: part.shape for _, part in gguf_parts(gguf, config)}
+        shapes = {part.name: part.full_shape for _, part in gguf_parts(gguf, config)}
     source = GGUFSource(LoadRequest(load_config, config, shapes))
     _write_safetensors(folder / "model.safetensors", shapes, source, dtype)
     _write_json(folder / "config.json", {**config.hf, "torch_dtype": dtype})

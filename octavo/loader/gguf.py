@@ -37,7 +37,10 @@ def gguf_parts(gguf: GGUFFile, config: ModelConfig) -> list[tuple[GGUFTensor, Pa
     """
     layout = layout_of(gguf.metadata)
     ordered = sorted((t for t in gguf.tensors.values() if t.name not in NOT_WEIGHTS), key=lambda t: (t.part, t.offset))
-    return [(tensor, part) for tensor in ordered for part in parts(tensor, layout, config, str(gguf.path))]
+    found = [(tensor, part) for tensor in ordered for part in parts(tensor, layout, config, str(gguf.path))]
+    # Some converters write a matrix whole and in pieces.
+    whole = {part.name for _, part in found if not part.num_rows}
+    return [(tensor, part) for tensor, part in found if not part.num_rows or part.name not in whole]
 
 
 class GGUFSource:
@@ -88,6 +91,8 @@ class _Job:
             return 0, 1
         if len(self.part.shape) == 1:
             return self.part.start, self.part.start + 1
+        if self.part.is_transposed:
+            return self.part.start, self.part.start + self.part.shape[1]
         rows_per_index = math.prod(self.part.shape[1:-1])
         return self.part.start + rows_per_index * self.start, self.part.start + rows_per_index * self.end
 
@@ -101,7 +106,7 @@ class _Job:
 def _jobs(tensor: GGUFTensor, part: Part) -> Iterator[_Job]:
     """Cut a part into slices; those of permuted queries and keys hold whole heads."""
     rows = part.shape[0]
-    if len(part.shape) == 1:
+    if len(part.shape) == 1 or part.is_transposed:
         yield _Job(tensor, part, 0, rows)
         return
     unit = rows // part.num_permuted_heads if part.num_permuted_heads else 1
@@ -120,6 +125,8 @@ def _decode(gguf: GGUFFile, job: _Job, buffer: Tensor) -> Tensor:
         values = dequantize(raw, tensor, lambda size: buffer[:size])
     if len(tensor.shape) == 1:
         values = values[part.start : part.start + math.prod(part.shape)]
+    if part.is_transposed:
+        return values.view(part.shape[::-1]).t()
     values = values.view(job.end - job.start, *part.shape[1:])
     if part.added:
         values = values - part.added
@@ -140,5 +147,5 @@ def _finish(gguf: GGUFFile, job: _Job, future: Future[Tensor]) -> Iterator[tuple
     """Yield the slice, and give its pages of the file back once it has been taken."""
     part = job.part
     values = future.result()
-    yield part.name, values if len(part.shape) == 1 else RowSlice(values, job.start, part.shape[0])
+    yield part.name, values if len(part.shape) == 1 else RowSlice(values, part.row + job.start, part.full_shape[0])
     gguf.drop(job.tensor, *job.rows)

@@ -35,6 +35,17 @@ class Part:
     """Heads whose rows are interleaved; 0: the rows are in order."""
     added: float = 0.0
     """What the converter added to every value."""
+    is_transposed: bool = False
+    """The tensor has the part's columns as rows."""
+    row: int = 0
+    """Where the part begins, if it is only some rows of what ``name`` has."""
+    num_rows: int = 0
+    """Of all that ``name`` has; 0: the part is the whole."""
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Of what ``name`` has."""
+        return (self.num_rows or self.shape[0], *self.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,9 @@ class Layout:
     """Tensors of a block whose name in Hugging Face's checkpoint does not end with ``.weight``."""
     one_row: frozenset[str] = frozenset()
     """Vectors that are matrices of one row in Hugging Face's checkpoint."""
+    halves: Mapping[str, tuple[str, bool]] = field(default_factory=dict[str, "tuple[str, bool]"])
+    """Stacks of one matrix a head to the name of the matrix in which each head has its keys and behind them its values,
+    and whether it is the values."""
 
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -92,6 +106,18 @@ _MIXTURE = Layout(
     },
     _TOP, experts=_EXPERTS, one_row=frozenset({"ffn_gate_inp_shexp"}),
 )  # fmt: skip
+_LATENT = "self_attn.kv_b_proj"
+_DEEPSEEK = Layout(
+    {
+        **_DENSE, "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm",
+        "attn_q_b": "self_attn.q_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+        "attn_kv_a_norm": "self_attn.kv_a_layernorm", "attn_kv_b": _LATENT, "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_shexp": "mlp.shared_experts.gate_proj", "ffn_up_shexp": "mlp.shared_experts.up_proj",
+        "ffn_down_shexp": "mlp.shared_experts.down_proj", "exp_probs_b": "mlp.gate.e_score_correction_bias",
+    },
+    _TOP, experts=_EXPERTS, unnamed=frozenset({"exp_probs_b"}),
+    halves={"attn_k_b": (_LATENT, False), "attn_v_b": (_LATENT, True)},
+)  # fmt: skip
 _GEMMA = replace(_NEOX, norm_added=1.0)
 _BERT = Layout(
     {
@@ -104,6 +130,14 @@ _BERT = Layout(
         "token_types": "embeddings.token_type_embeddings", "token_embd_norm": "embeddings.LayerNorm",
     },
     prefix="encoder.layer.", one_row=frozenset({"token_types"}),
+)  # fmt: skip
+_MODERN_BERT = Layout(
+    {
+        "attn_norm": "attn_norm", "attn_qkv": "attn.Wqkv", "attn_output": "attn.Wo", "ffn_norm": "mlp_norm",
+        "ffn_up": "mlp.Wi", "ffn_down": "mlp.Wo",
+    },
+    {"token_embd": "embeddings.tok_embeddings", "token_embd_norm": "embeddings.norm", "output_norm": "final_norm"},
+    prefix="layers.",
 )  # fmt: skip
 LAYOUTS: Mapping[str, Layout] = {
     "llama": _LLAMA,
@@ -129,7 +163,11 @@ LAYOUTS: Mapping[str, Layout] = {
     "qwen3": _NEOX,
     "qwen2moe": _MIXTURE,
     "qwen3moe": _MIXTURE,
+    "qwen2vl": _NEOX,
+    "qwen3vl": _NEOX,
+    "qwen3vlmoe": _MIXTURE,
     "olmoe": _MIXTURE,
+    "deepseek2": _DEEPSEEK,
     "olmo2": Layout(_AROUND, _TOP),
     "phi2": Layout(
         {
@@ -139,10 +177,12 @@ LAYOUTS: Mapping[str, Layout] = {
         splits={"attn_qkv": _QKV},
     ),
     "phi3": Layout({**_DENSE, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}, _TOP),
+    "phimoe": Layout({**_DENSE, "ffn_gate_inp": "block_sparse_moe.gate"}, _TOP, experts=_MIXTRAL_EXPERTS),
     "gemma": _GEMMA,
     "gemma2": Layout(_AROUND, _TOP, norm_added=1.0),
     "gemma3": Layout(_AROUND, _TOP, norm_added=1.0),
     "bert": _BERT,
+    "modern-bert": _MODERN_BERT,
 }  # fmt: skip
 """By ``general.architecture``."""
 
@@ -183,6 +223,8 @@ def parts(tensor: GGUFTensor, layout: Layout, config: ModelConfig, file: str) ->
         return _experts(tensor, f"{layout.prefix}{layer}.{layout.experts[word]}.{kind}", kind == "bias", file)
     if word in layout.splits:
         return _split(tensor, [f"{layout.prefix}{layer}.{name}.{kind}" for name in layout.splits[word]], config, file)
+    if word in layout.halves:
+        return _half(tensor, layout, layer, config, file)
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(word, 0) if layout.is_permuted else 0
     if heads and tensor.shape[0] != heads * config.head_dim:
         raise CheckpointError(
@@ -204,6 +246,35 @@ def _experts(tensor: GGUFTensor, name: str, is_bias: bool, file: str) -> list[Pa
         raise CheckpointError(file, f"has shape {list(tensor.shape)}, which is no stack of experts", tensor=tensor.name)
     count, rows, columns = tensor.shape
     return [Part(name.format(index), (rows, columns), start=index * rows) for index in range(count)]
+
+
+def _half(tensor: GGUFTensor, layout: Layout, layer: str, config: ModelConfig, file: str) -> list[Part]:
+    """Keys ``[H, rank, plain]`` or values ``[H, value, rank]``, as rows of ``[H * (plain + value), rank]``."""
+    word = tensor.name.split(".")[2]
+    target, is_value = layout.halves[word]
+    mla = config.mla
+    if mla is None:
+        raise CheckpointError(file, "belongs to latent attention, which the header does not have", tensor=tensor.name)
+    heads, plain, value, rank = config.num_heads, mla.plain_dim, mla.value_dim, mla.kv_rank
+    stored = (value, rank) if is_value else (rank, plain)
+    # The rows of a head may lie behind one another or be a dimension of their own.
+    if tensor.shape not in ((heads, *stored), (heads * stored[0], stored[1])):
+        raise CheckpointError(
+            file, f"has shape {list(tensor.shape)}, but the header asks for {[heads, *stored]}", tensor=tensor.name
+        )
+    name = f"{layout.prefix}{layer}.{target}.weight"
+    size = plain + value
+    return [
+        Part(
+            name,
+            (value if is_value else plain, rank),
+            start=head * stored[0],
+            is_transposed=not is_value,
+            row=head * size + (plain if is_value else 0),
+            num_rows=heads * size,
+        )
+        for head in range(heads)
+    ]
 
 
 def _split(tensor: GGUFTensor, names: list[str], config: ModelConfig, file: str) -> list[Part]:

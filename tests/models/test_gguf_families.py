@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import MODEL_ARCH
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel
 
 from octavo import LLM, SamplingParams
 from octavo.checkpoint.config_reader import read_model_config
@@ -22,6 +23,7 @@ from octavo.checkpoint.locate import locate_model
 from octavo.checkpoint.pooling_reader import read_pooling
 from octavo.checkpoint.tokenizer_data import load_tokenizer_data
 from octavo.config.model import ModelConfig
+from octavo.errors import CheckpointError
 from octavo.loader.export import export_hf
 from octavo.loader.gguf import GGUFSource
 from octavo.models.registry import MODELS
@@ -33,6 +35,10 @@ from tests.unit.loader.builders import collect, request
 _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}  # fmt: skip
+_PHIMOE_ROPE = {
+    **VARIANTS["phimoe-short"].options["rope_parameters"],
+    "short_mscale": 1.243163121016122, "long_mscale": 1.243163121016122,
 }  # fmt: skip
 IN_GGUF: dict[str, dict[str, Any]] = {
     "llama-mha": {}, "llama-gqa": {}, "llama-mqa": {}, "llama-linear": {}, "llama-yarn": {}, "llama-biases": {},
@@ -47,11 +53,13 @@ IN_GGUF: dict[str, dict[str, Any]] = {
     "qwen2-moe": {"mlp_only_layers": []},
     "qwen3-moe": {}, "olmoe": {}, "granitemoe": {},
     "gpt-oss": {"swiglu_limit": 7.0},
+    "phimoe": {"router_jitter_noise": 0.01}, "phimoe-short": {"rope_parameters": _PHIMOE_ROPE},
+    "deepseek-v2": {}, "deepseek-v2-lite": {"n_group": 1, "topk_group": 1}, "deepseek-v3": {},
 }  # fmt: skip
 """Variant to what a GGUF file of its family cannot say otherwise: released models are so."""
 STACKED = ("granitemoe", "gpt-oss")
 """Stored as stacks by Hugging Face, too: not compared tensor by tensor, but run."""
-RUN = ("llama-tied", "phi3-long", "gemma2", "qwen2-moe", *STACKED)
+RUN = ("llama-tied", "phi3-long", "gemma2", "qwen2-moe", "deepseek-v3", "phimoe", *STACKED)
 NOT_COMPARED = frozenset(
     {"hf", "dtype", "generation_defaults", "bos_token_id", "eos_token_ids", "text_half_of"}
     # Llama and Mistral are one class; whether there are biases is shown by the tensors.
@@ -78,6 +86,10 @@ def both(name: str, tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("name", IN_GGUF)
 def test_gguf_equals_the_checkpoint_it_was_made_of(name: str, tmp_path: Path) -> None:
     folder, path = both(name, tmp_path)
+    _check_alike(folder, path, are_tensors_named_alike=name not in STACKED)
+
+
+def _check_alike(folder: Path, path: Path, *, are_tensors_named_alike: bool = True) -> None:
     expected = read_model_config(locate_model(str(folder)))
     found = read_model_config(locate_model(str(path)))
     assert MODELS.load(found.architecture) is MODELS.load(expected.architecture)
@@ -86,7 +98,7 @@ def test_gguf_equals_the_checkpoint_it_was_made_of(name: str, tmp_path: Path) ->
             assert _close(getattr(found, each.name), getattr(expected, each.name)), (
                 f"{each.name}: {getattr(found, each.name)} and {getattr(expected, each.name)}"
             )
-    if name in STACKED:
+    if not are_tensors_named_alike:
         return
     theirs = load_file(folder / "model.safetensors")
     if expected.tie_word_embeddings:
@@ -96,6 +108,45 @@ def test_gguf_equals_the_checkpoint_it_was_made_of(name: str, tmp_path: Path) ->
     for key, tensor in theirs.items():
         assert ours[key].shape == tensor.shape, key
         assert torch.allclose(ours[key].float(), tensor.float(), rtol=0, atol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "more"),
+    [
+        ("qwen2", MODEL_ARCH.QWEN2VL, {"qwen2vl.rope.dimension_sections": [2, 1, 1, 0]}),
+        ("qwen3", MODEL_ARCH.QWEN3VL, {"qwen3vl.rope.dimension_sections": [6, 5, 5, 0]}),
+        ("qwen3-moe", MODEL_ARCH.QWEN3VLMOE, {"qwen3vlmoe.n_deepstack_layers": 2}),
+    ],
+)  # fmt: skip
+def test_text_halves_have_names_of_their_own(name: str, arch: MODEL_ARCH, more: dict[str, Any], tmp_path: Path) -> None:
+    """Positions of pictures are not those of text, which are the same in all their parts."""
+    folder, path = tmp_path / "hf", tmp_path / "m.gguf"
+    reference = make_reference(name)
+    reference.save_pretrained(folder)
+    write_hf_gguf(reference, folder, path, arch, **more)
+    _check_alike(folder, path)
+
+
+@pytest.mark.parametrize(("experts", "groups"), [(8, (1, 1)), (160, (8, 3))])
+def test_deepseek_as_it_was_converted_before(experts: int, groups: tuple[int, int], tmp_path: Path) -> None:
+    """Groups of experts follow from their number, where the header says nothing."""
+    folder, path = tmp_path / "hf", tmp_path / "m.gguf"
+    options = {"n_routed_experts": experts, "moe_intermediate_size": 8, "n_group": groups[0], "topk_group": groups[1]}
+    reference = make_reference("deepseek-v2", topk_method="greedy" if groups == (1, 1) else "group_limited_greedy",
+                               **options)  # fmt: skip
+    reference.save_pretrained(folder)
+    write_hf_gguf(reference, folder, path, is_old=True)
+    _check_alike(folder, path)
+
+
+def test_latent_heads_of_another_size_are_refused(tmp_path: Path) -> None:
+    folder, path = tmp_path / "hf", tmp_path / "m.gguf"
+    reference = make_reference("deepseek-v3")
+    reference.save_pretrained(folder)
+    write_hf_gguf(reference, folder, path, **{"deepseek2.attention.value_length_mla": 11})
+    found = read_model_config(locate_model(str(path)))
+    with pytest.raises(CheckpointError, match=r"attn_v_b.weight': has shape \[6, 12, 24\].* asks for \[6, 11, 24\]"):
+        collect(GGUFSource(request(path, found)))
 
 
 def _close(found: Any, expected: Any) -> bool:
@@ -163,6 +214,27 @@ def test_bert_equals_the_checkpoint_it_was_made_of(tmp_path: Path) -> None:
     ours = collect(GGUFSource(request(path, found)))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_modern_bert_embeds_as_the_checkpoint_it_was_made_of(tmp_path: Path) -> None:
+    """Local and global layers with bases of their own; the first token's vector, as the header says."""
+    folder, path = tmp_path / "hf", tmp_path / "m.gguf"
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64, local_attention=8, global_attn_every_n_layers=2, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, cls_token_id=1, sep_token_id=2, initializer_range=0.3,
+    )  # fmt: skip
+    model = ModernBertModel(config).eval()
+    model.save_pretrained(folder)
+    write_hf_gguf(model, folder, path)
+    prompt = [3 + (7 * i) % 50 for i in range(40)]
+    with LLM(str(path), dtype="float32", num_threads=1, skip_tokenizer_init=True, in_process=True) as llm:
+        (output,) = llm.embed([{"prompt_token_ids": prompt}], use_tqdm=False)
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).last_hidden_state[0, 0]
+    expected = torch.nn.functional.normalize(expected, dim=0)
+    assert torch.allclose(torch.tensor(output.outputs.embedding), expected, atol=1e-4)
 
 
 @pytest.mark.slow

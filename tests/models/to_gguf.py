@@ -27,10 +27,13 @@ ARCHITECTURES = {
     "smollm3": MODEL_ARCH.SMOLLM3, "granite": MODEL_ARCH.GRANITE, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3,
     "qwen2_moe": MODEL_ARCH.QWEN2MOE, "qwen3_moe": MODEL_ARCH.QWEN3MOE, "olmo2": MODEL_ARCH.OLMO2,
     "olmo3": MODEL_ARCH.OLMO2, "olmoe": MODEL_ARCH.OLMOE, "phi": MODEL_ARCH.PHI2, "phi3": MODEL_ARCH.PHI3,
+    "phimoe": MODEL_ARCH.PHIMOE, "deepseek_v2": MODEL_ARCH.DEEPSEEK2, "deepseek_v3": MODEL_ARCH.DEEPSEEK2,
     "granitemoe": MODEL_ARCH.GRANITE_MOE, "gpt_oss": MODEL_ARCH.GPT_OSS,
     "gemma": MODEL_ARCH.GEMMA, "gemma2": MODEL_ARCH.GEMMA2, "gemma3_text": MODEL_ARCH.GEMMA3, "bert": MODEL_ARCH.BERT,
+    "modernbert": MODEL_ARCH.MODERN_BERT,
 }  # fmt: skip
 PERMUTED = frozenset({"llama", "mistral", "mixtral", "smollm3", "granite", "granitemoe"})
+LATENT = frozenset({"deepseek_v2", "deepseek_v3"})
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.(.*)\.experts\.(\d+)\.(\w+)\.weight")
 _STACKS = {
     "gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps",
@@ -38,23 +41,31 @@ _STACKS = {
 }  # fmt: skip
 
 
-def write_hf_gguf(model: PreTrainedModel, folder: Path, path: Path, **metadata: Any) -> None:
+def write_hf_gguf(
+    model: PreTrainedModel, folder: Path, path: Path, arch: MODEL_ARCH | None = None, is_old: bool = False,
+    **metadata: Any,
+) -> None:  # fmt: skip
     """Write a saved checkpoint as GGUF.
 
     Args:
         model: For its config.
         folder: Where it was saved.
         path: The file to write.
-        metadata: Further keys; a name without a dot is one of the architecture's.
+        arch: Of the file, if not the usual one of the model.
+        is_old: DeepSeek as converters wrote it before May 2025: keys and values together, fewer keys.
+        metadata: Further keys.
     """
     config = model.config
     kind = config.model_type
-    arch = ARCHITECTURES[kind]
+    arch = arch or ARCHITECTURES[kind]
     name = gguf.MODEL_ARCH_NAMES[arch]
     keys = {f"{name}.{key}": value for key, value in (_keys(config) | _FAMILY.get(kind, _none)(config)).items()}
+    if is_old:
+        keys = {key: value for key, value in keys.items() if not key.endswith(_NEWER)}
+        keys |= {f"{name}.{key}": value for key, value in _old_heads(config).items()}
     tensors: dict[str, np.ndarray] = {}
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    for hf_name, tensor in _tensors(folder, kind, config):
+    for hf_name, tensor in _tensors(folder, kind, config, is_old):
         found = hf_name if hf_name.startswith("blk.") else names.get_name(hf_name, (".weight", ".bias"))
         assert found is not None, hf_name
         # The converter squeezes everything: a matrix of one row becomes a vector.
@@ -62,7 +73,7 @@ def write_hf_gguf(model: PreTrainedModel, folder: Path, path: Path, **metadata: 
     write_gguf_file(path, name, keys | metadata, tensors | _rope_tensors(config))
 
 
-def _tensors(folder: Path, kind: str, config: Any) -> Iterator[tuple[str, Tensor]]:
+def _tensors(folder: Path, kind: str, config: Any, is_old: bool) -> Iterator[tuple[str, Tensor]]:
     state: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file)
@@ -80,15 +91,20 @@ def _tensors(folder: Path, kind: str, config: Any) -> Iterator[tuple[str, Tensor
         if stacked:
             yield from stacked.items()
             continue
-        if kind.startswith("gemma") and name.endswith("norm.weight"):
-            tensor = tensor + 1
-        if kind in PERMUTED and ".q_proj." in name:
-            tensor = permute(tensor, config.num_attention_heads)
-        if kind in PERMUTED and ".k_proj." in name:
-            tensor = permute(tensor, config.num_key_value_heads)
-        yield name, tensor
+        if kind in LATENT and not is_old and name.endswith(".kv_b_proj.weight"):
+            yield from _latent_halves(name, tensor, config)
+            continue
+        yield name.replace("e_score_correction_bias", "e_score_correction.bias"), _changed(name, tensor, kind, config)
     for name, members in stacks.items():
         yield name, torch.stack([members[index] for index in range(len(members))])
+
+
+def _changed(name: str, tensor: Tensor, kind: str, config: Any) -> Tensor:
+    """With Gemma's 1 of norms; queries and keys as llama.cpp rotates them."""
+    if kind.startswith("gemma") and name.endswith("norm.weight"):
+        return tensor + 1
+    heads = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"} if kind in PERMUTED else {}
+    return next((permute(tensor, getattr(config, heads[word])) for word in heads if word in name), tensor)
 
 
 def _stacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -107,6 +123,14 @@ def _stacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if name.endswith(".sinks"):
         return {f"{layer}.attn_sinks.weight": tensor}
     return {}
+
+
+def _latent_halves(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:
+    """Keys and values of each head apart, keys turned around."""
+    heads = tensor.view(config.num_attention_heads, -1, config.kv_lora_rank)
+    keys, values = heads.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+    yield name.replace("kv_b_proj", "k_b_proj"), keys.transpose(1, 2)
+    yield name.replace("kv_b_proj", "v_b_proj"), values
 
 
 def permute(tensor: Tensor, num_heads: int) -> Tensor:
@@ -167,13 +191,14 @@ def _granite(config: Any) -> dict[str, Any]:
 
 def _phi3(config: Any) -> dict[str, Any]:
     rope = config.rope_parameters
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     keys: dict[str, Any] = {
-        "rope.scaling.original_context_length": config.original_max_position_embeddings,
+        "rope.scaling.original_context_length": original,
         "attention.sliding_window": config.sliding_window or 0,
     }
     if rope["rope_type"] == "longrope":
-        scale = config.max_position_embeddings / config.original_max_position_embeddings
-        wide = math.sqrt(1 + math.log(scale) / math.log(config.original_max_position_embeddings))
+        scale = config.max_position_embeddings / original
+        wide = math.sqrt(1 + math.log(scale) / math.log(original))
         keys["rope.scaling.attn_factor"] = wide if scale > 1 else 1.0
     return keys
 
@@ -181,6 +206,48 @@ def _phi3(config: Any) -> dict[str, Any]:
 def _bert(config: Any) -> dict[str, Any]:
     return {
         "attention.layer_norm_epsilon": float(config.layer_norm_eps), "attention.causal": False, "pooling_type": 1,
+    }  # fmt: skip
+
+
+def _deepseek(config: Any) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "expert_count": config.n_routed_experts, "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size, "expert_shared_count": config.n_shared_experts,
+        "expert_weights_scale": float(config.routed_scaling_factor), "leading_dense_block_count": 1,
+        "expert_group_count": config.n_group, "expert_group_used_count": config.topk_group,
+        "expert_gating_func": 2 if config.model_type == "deepseek_v3" else 1,
+        "attention.kv_lora_rank": config.kv_lora_rank, "attention.head_count_kv": 1,
+        "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+        "attention.value_length": config.kv_lora_rank,
+        "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "attention.value_length_mla": config.v_head_dim, "rope.dimension_count": config.qk_rope_head_dim,
+    }  # fmt: skip
+    if config.q_lora_rank is not None:
+        keys["attention.q_lora_rank"] = config.q_lora_rank
+    if config.norm_topk_prob:
+        keys["expert_weights_norm"] = True
+    if config.rope_parameters.get("mscale_all_dim") is not None:
+        keys["rope.scaling.yarn_log_multiplier"] = 0.1 * config.rope_parameters["mscale_all_dim"]
+    return keys
+
+
+_NEWER = ("_mla", "expert_group_count", "expert_group_used_count", "expert_gating_func")
+
+
+def _old_heads(config: Any) -> dict[str, Any]:
+    return {
+        "attention.head_count_kv": config.num_attention_heads, "attention.value_length": config.v_head_dim,
+        "attention.key_length": config.qk_nope_head_dim + config.qk_rope_head_dim,
+    }  # fmt: skip
+
+
+def _modern_bert(config: Any) -> dict[str, Any]:
+    ropes = config.rope_parameters
+    return {
+        "attention.layer_norm_epsilon": float(config.norm_eps), "attention.causal": False, "pooling_type": 2,
+        "attention.sliding_window": config.local_attention, "attention.sliding_window_pattern": 2,
+        "rope.freq_base": float(ropes["full_attention"]["rope_theta"]), "rope.scaling.type": "none",
+        "rope.freq_base_swa": float(ropes["sliding_attention"]["rope_theta"]),
     }  # fmt: skip
 
 
@@ -197,12 +264,16 @@ _FAMILY: dict[str, Callable[[Any], dict[str, Any]]] = {
     "olmo3": lambda c: {"attention.sliding_window": c.sliding_window},
     "phi": lambda c: {"attention.layer_norm_epsilon": float(c.layer_norm_eps)},
     "phi3": _phi3,
+    "phimoe": lambda c: _phi3(c) | _experts(c),
+    "deepseek_v2": _deepseek,
+    "deepseek_v3": _deepseek,
     "gemma2": lambda c: {
         "attn_logit_softcapping": float(c.attn_logit_softcapping),
         "final_logit_softcapping": float(c.final_logit_softcapping), "attention.sliding_window": c.sliding_window,
     },
     "gemma3_text": lambda c: {"attention.sliding_window": c.sliding_window},
     "bert": _bert,
+    "modernbert": _modern_bert,
 }  # fmt: skip
 
 

@@ -146,17 +146,19 @@ def request(path: Path, config: ModelConfig | None = None, expected: dict[str, t
 def collect(source: WeightSource) -> dict[str, torch.Tensor]:
     """Everything that a source yields, slices put together and checked to cover each tensor once."""
     result: dict[str, torch.Tensor] = {}
-    covered: dict[str, int] = {}
+    missing: dict[str, set[int]] = {}
     for name, piece in source.tensors(lambda _: True):
         if not isinstance(piece, RowSlice):
             assert name not in result
             result[name] = piece.clone()
             continue
-        assert piece.row_start == covered.get(name, 0)
-        covered[name] = piece.row_start + piece.tensor.shape[0]
+        rows = range(piece.row_start, piece.row_start + piece.tensor.shape[0])
         whole = result.setdefault(name, torch.empty(piece.full_shape, dtype=piece.tensor.dtype))
-        whole[piece.row_start : covered[name]] = piece.tensor
-    assert all(covered[name] == result[name].shape[0] for name in covered)
+        left = missing.setdefault(name, set(range(len(whole))))
+        assert left.issuperset(rows)
+        left.difference_update(rows)
+        whole[rows.start : rows.stop] = piece.tensor
+    assert not any(missing.values())
     return result
 
 
