@@ -60,6 +60,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": 131072, "head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True,
         "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096,
         "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+        "counts_scaled_positions": True,  # its max_position_embeddings is the length after linear scaling
     },
     "deepseek_v2": {"max_position_embeddings": 2048},
     "deepseek_v3": {"max_position_embeddings": 4096, "n_group": 8, "topk_group": 4},

@@ -116,8 +116,8 @@ def _phi3(header: GGUFHeader, config: dict[str, Any]) -> None:
 
 
 _PHIMOE_MAGNITUDE = 1.243163121016122
-"""``short_mscale`` and ``long_mscale`` of every released Phi-MoE with LongRoPE. The header says something else:
-llama.cpp's converter computes the magnitude by Phi-3's rule, which this family does not follow."""
+"""Phi-3.5-MoE's ``short_mscale`` and ``long_mscale``, which a header does not have: llama.cpp's converter writes a
+magnitude by Phi-3's rule, which this family does not follow."""
 
 
 def _phimoe(header: GGUFHeader, config: dict[str, Any]) -> None:

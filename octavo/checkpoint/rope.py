@@ -119,8 +119,9 @@ def _scaling(s: Fields, f: Fields, kind: str, rotary_dim: int, max_positions: in
     for name in ("attention_factor", "mscale", "mscale_all_dim", "short_mscale", "long_mscale"):
         if s.values.get(name) is not None:
             scaling[name] = s.number(name, None, low=0.0)
-    if kind != "linear":
-        scaling["original_max_position_embeddings"] = original or max_positions
+    if original is None and kind == "linear" and f.get("counts_scaled_positions"):
+        original = max(1, int(max_positions / scaling["factor"]))
+    scaling["original_max_position_embeddings"] = original or max_positions
     return scaling
 
 

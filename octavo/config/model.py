@@ -24,9 +24,9 @@ class RopeConfig:
     partial_rotary_factor: float = 1.0
 
     def max_length(self, trained: int) -> int:
-        """The longest text for a model of so many trained positions: YaRN's factor stretches the original ones, and
-        some configs leave ``max_position_embeddings`` at those."""
-        if self.scaling.get("rope_type") != "yarn":
+        """The longest text for a model of so many trained positions: YaRN's factor and that of linear scaling stretch
+        the original ones, and many configs leave ``max_position_embeddings`` at those."""
+        if self.scaling.get("rope_type") not in ("linear", "yarn"):
             return trained
         original = self.scaling.get("original_max_position_embeddings", trained)
         return max(trained, int(min(original * self.scaling.get("factor", 1.0), 2**31 - 1)))

@@ -72,7 +72,7 @@ def test_family_defaults_where_config_is_silent(tmp_path: Path) -> None:
         ({"rope_theta": 5e5}, 5e5, {}),
         ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, {}),
         ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}, 5e5,
-         {"rope_type": "linear", "factor": 2.0}),
+         {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 512}),
         ({"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}, 5e5, LLAMA3_ROPE),
         ({"rope_parameters": {"rope_theta": 5e5, **LLAMA3_ROPE}}, 5e5, LLAMA3_ROPE),
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, 1e6, {}),
@@ -99,9 +99,21 @@ def test_yarn_says_how_long_texts_may_be(tmp_path: Path) -> None:
     config = read(tmp_path, LLAMA, overrides={"rope_scaling": yarn})
     assert (config.max_position_embeddings, config.max_length) == (512, 2048)
     assert read(tmp_path, LLAMA | {"max_position_embeddings": 2048, "rope_scaling": yarn}).max_length == 2048
-    assert read(tmp_path, LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}}).max_length == 512
     windowed = LLAMA | {"model_type": "mistral", "sliding_window": 600, "rope_scaling": yarn}
     assert read(tmp_path, windowed).windows == (600,) * 4  # longer than the table, shorter than texts
+
+
+def test_linear_scaling_says_how_long_texts_may_be(tmp_path: Path) -> None:
+    """As in vLLM; but Gemma 3 counts its scaled positions already."""
+    linear = {"rope_scaling": {"type": "linear", "factor": 4.0}}
+    config = read(tmp_path, LLAMA | linear)
+    assert (config.max_position_embeddings, config.max_length) == (512, 2048)
+    assert read(tmp_path, LLAMA | linear | {"original_max_position_embeddings": 128}).max_length == 512
+    assert read(tmp_path, LLAMA | linear | {"model_type": "mistral", "sliding_window": 600}).windows == (600,) * 4
+    gemma = LLAMA | linear | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    assert read(tmp_path, gemma).max_length == 512
+    dynamic = LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    assert read(tmp_path, dynamic).max_length == 512
 
 
 def test_latent_attention_rotates_what_it_says(tmp_path: Path) -> None:

@@ -266,8 +266,9 @@ def test_any_size_either_holds_one_request_or_is_refused(available: int, wanted:
         assert result.max_concurrency >= 1.0
 
 
-def test_yarn_allows_longer_texts_than_the_table_says(located: Any) -> None:
-    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_scaling_allows_longer_texts_than_the_table_says(kind: str, located: Any) -> None:
+    scaling = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 2048}
     model = dataclasses.replace(make_model(), rope=RopeConfig(scaling=scaling))
     assert settle(located, model).scheduler.max_model_len == 8192
     assert settle(located, model, max_model_len=4096).scheduler.max_model_len == 4096
