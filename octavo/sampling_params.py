@@ -7,10 +7,12 @@ Names, defaults and rules are those that users of vLLM know.
 
 from __future__ import annotations
 
+import difflib
 import enum
 import logging
 import math
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -25,6 +27,29 @@ MAX_LOGPROB_TOKEN_IDS = 128
 INT64_MAX = 2**63 - 1
 
 logger = logging.getLogger(__name__)
+
+
+_STRUCTURED = "structured outputs are not supported by this version of Octavo yet"
+_BEAMS = "beam search is not supported"
+_ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "guided_decoding", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object",
+            "guided_decoding_backend", "guided_whitespace_pattern", "response_format",
+        ),
+        _STRUCTURED,
+    ),
+    **dict.fromkeys(("use_beam_search", "beam_width", "length_penalty", "early_stopping"), _BEAMS),
+    "best_of": "ask for n answers and choose among them by their cumulative_logprob",
+    "logits_processors": "give them to LLM (logits_processors=...), and their arguments in extra_args",
+    "truncate_prompt_tokens": "cut the prompt's token ids instead",
+    "prompt_adapter_request": "prompt adapters are not supported",
+    "max_new_tokens": "it is called max_tokens",
+    "stop_sequences": "it is called stop",
+    "do_sample": "temperature=0 decodes greedily, any other samples",
+    "num_return_sequences": "it is called n",
+}  # fmt: skip
+"""Names that users know from vLLM, of now or of before, and from transformers, with what to do instead."""
 
 
 class RequestOutputKind(enum.Enum):
@@ -55,11 +80,26 @@ class RepetitionDetection(msgspec.Struct, frozen=True, kw_only=True):
             _refuse("repetition_detection.min_count", self.min_count, "an integer >= 2")
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _NamesFields(msgspec.StructMeta):
+    """Gives users an error that says what is possible, where Python's would only say that a name is wrong."""
+
+    if not TYPE_CHECKING:  # the fields of each class are its signature
+
+        def __call__(cls, *args: object, **fields: object) -> object:
+            try:
+                return super().__call__(*args, **fields)
+            except TypeError:
+                unknown = next((name for name in fields if name not in cls.__struct_fields__), None)
+                if unknown is None:
+                    raise
+                raise _unknown_field(unknown, cls.__struct_fields__) from None
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, metaclass=_NamesFields):
     """Decoding parameters of one request. See ``docs/sampling.md`` for what each does.
 
     Raises:
-        InvalidRequestError: A value is out of range; ``param`` names the field.
+        InvalidRequestError: A value is out of range, or there is no such field; ``param`` names the field.
     """
 
     n: int = 1
@@ -183,7 +223,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def _check_text(self) -> None:
         if self.structured_outputs is not None:
             raise InvalidRequestError(
-                "structured_outputs is not supported by this version of Octavo yet; leave it out",
+                f"structured_outputs is set, but {_STRUCTURED}; leave it out",
                 param="structured_outputs",
             )
         if self.stop is not None and not _is_text_list(self.stop_strings):
@@ -192,6 +232,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _refuse("stop", self.stop, "left out when detokenize is False: stop strings need the text")
         if self.bad_words is not None and not _is_text_list(self.bad_words):
             _refuse("bad_words", self.bad_words, "a list of non-empty strings")
+
+
+def _unknown_field(name: str, possible: tuple[str, ...]) -> InvalidRequestError:
+    instead = _ELSEWHERE.get(name)
+    if instead is None:
+        close = difflib.get_close_matches(name, possible, n=1)
+        instead = f"did you mean {close[0]}?" if close else f"there are {', '.join(possible)}"
+    return InvalidRequestError(f"SamplingParams has no {name}: {instead}", param=name)
 
 
 def _is_text_list(value: object) -> bool:
