@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from octavo.config.args import EngineArgs
     from octavo.engine.async_llm import AsyncLLM
+    from octavo.frontend.beam_search import BeamSearchOutput, BeamSearchParams
     from octavo.llm import LLM
     from octavo.outputs import CompletionOutput, Logprob, RequestOutput
     from octavo.pooling_outputs import (
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "ClassificationRequestOutput",
     "CompletionOutput",
     "EmbeddingRequestOutput",
@@ -43,6 +46,8 @@ __all__ = [
 _MODULES = {
     "LLM": "octavo.llm",
     "AsyncLLM": "octavo.engine.async_llm",
+    "BeamSearchOutput": "octavo.frontend.beam_search",
+    "BeamSearchParams": "octavo.frontend.beam_search",
     "CompletionOutput": "octavo.outputs",
     "EngineArgs": "octavo.config.args",
     "Logprob": "octavo.outputs",

@@ -17,17 +17,25 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, cast
 
-import msgspec
-
 from octavo.config.args import EngineArgs
 from octavo.config.env import apply_environment, read_environment
 from octavo.config.flags import engine_args_from_keywords
 from octavo.config.setting import settings_of
 from octavo.engine.frontend import AnyOutput, Frontend, start_frontend
 from octavo.engine.interrupts import DeferredInterrupt
-from octavo.engine.offline import AnyProcessed, Progress, QueueRoom, UseTqdm
+from octavo.engine.offline import (
+    AnyProcessed,
+    Progress,
+    QueueRoom,
+    UseTqdm,
+    as_list,
+    final_only,
+    one_each,
+    refuse_given,
+)
 from octavo.engine.pooling_calls import ScorePlan, as_texts
 from octavo.errors import EngineDeadError, InvalidRequestError
+from octavo.frontend.beam_search import BeamSearches, BeamSearchOutput, BeamSearchParams
 from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import ProcessedRequest, Prompt
 from octavo.frontend.tokenizer import Tokenizer
@@ -43,8 +51,7 @@ from octavo.pooling_outputs import (
     as_embedding,
 )
 from octavo.pooling_params import PoolingParams
-from octavo.sampling_params import RequestOutputKind, SamplingParams
-from octavo.utils.text import plural, shorten
+from octavo.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 Message = Mapping[str, Any]
@@ -119,10 +126,10 @@ class LLM:
             InvalidRequestError, ContextLengthError: A prompt or a parameter is impossible; nothing has run.
             EngineDeadError: The engine has ended.
         """
-        _refuse_given("tokenization_kwargs", tokenization_kwargs)
-        _refuse_given("mm_processor_kwargs", mm_processor_kwargs)
+        refuse_given("tokenization_kwargs", tokenization_kwargs)
+        refuse_given("mm_processor_kwargs", mm_processor_kwargs)
         with self._lock:
-            requests = self._check_all(_as_list(prompts), sampling_params, priority, lora_request)
+            requests = self._check_all(as_list(prompts), sampling_params, priority, lora_request)
             return self._run(requests, use_tqdm)
 
     def chat(  # noqa: PLR0913 - the signature that users know
@@ -173,6 +180,54 @@ class LLM:
             requests = self._check_all(prompts, sampling_params, None, lora_request)
             return self._run(requests, use_tqdm)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: object = None,
+        use_tqdm: UseTqdm = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Search for the likeliest answers; ``frontend/beam_search.py`` says how. Fast with prefix caching only.
+
+        Args:
+            prompts: As for ``generate``.
+            params: The same for all.
+            lora_request: Not supported yet.
+            use_tqdm: As for ``generate``.
+            concurrency_limit: Most prompts to search for at a time; None for all. What many long ones have in the
+                prefix cache may push each other out.
+
+        Returns:
+            One output per prompt, in the order of the prompts, with ``beam_width`` sequences at most, the best first.
+
+        Raises:
+            InvalidRequestError, ContextLengthError: A prompt or a parameter is impossible; nothing has run.
+            EngineDeadError: The engine has ended.
+        """
+        if not isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidRequestError(
+                f"params is a {type(params).__name__}, but must be a BeamSearchParams", param="params"
+            )
+        config = self.ready.config
+        params.check_engine(config.frontend.logprobs_mode, config.frontend.max_logprobs, config.model.vocab_size)
+        given = as_list(prompts)
+        size = max(1, len(given) if concurrency_limit is None else concurrency_limit)
+        found: list[BeamSearchOutput] = []
+        with self._lock, Progress(use_tqdm, len(given)) as progress:
+            checked = self._check_all(given, params.step, None, lora_request)
+            for start in range(0, len(given), size):
+                eos, limit = self._frontend.inputs.eos_token_ids, config.scheduler.max_model_len
+                searches = BeamSearches(checked[start : start + size], params, eos, limit)
+                while reads := searches.prompts():
+                    progress.advance(searches.take(self._run(self._check_all(reads, params.step, None, None), False)))
+                found += [BeamSearchOutput(search.best()) for search in searches.searches]
+        tokenizer = self._frontend.tokenizer
+        for prompt, output in zip(given, found, strict=True):
+            for each in output.sequences:
+                each.orig_prompt, each.text = prompt, None if tokenizer is None else tokenizer.decode(each.tokens)
+        return found
+
     # ----------------------------------------------------------------------------------------------------- pooling
 
     def encode(
@@ -203,10 +258,10 @@ class LLM:
                 nothing has run.
             EngineDeadError: The engine has ended.
         """
-        _refuse_given("lora_request", lora_request)
-        _refuse_given("tokenization_kwargs", tokenization_kwargs)
+        refuse_given("lora_request", lora_request)
+        refuse_given("tokenization_kwargs", tokenization_kwargs)
         texts = as_texts("prompts", prompts)
-        params = _one_each("pooling_params", pooling_params, len(texts), PoolingParams)
+        params = one_each("pooling_params", pooling_params, len(texts), PoolingParams)
         with self._lock:
             requests = [
                 self._frontend.process_pooling(str(next(self._ids)), prompt, one_params, task=pooling_task)
@@ -281,7 +336,7 @@ class LLM:
     ) -> list[str]:
         """Check prompts and keep them for ``wait_for_completion``; returns their request ids."""
         with self._lock:
-            requests = self._check_all(_as_list(prompts), sampling_params, priority, None)
+            requests = self._check_all(as_list(prompts), sampling_params, priority, None)
             self._enqueued += requests
             return [request.request_id for request in requests]
 
@@ -344,8 +399,8 @@ class LLM:
         priority: Sequence[int] | None,
         lora_request: object,
     ) -> list[ProcessedRequest]:
-        params = _one_each("sampling_params", sampling_params, len(prompts), SamplingParams)
-        priorities = _one_each("priority", 0 if priority is None else priority, len(prompts), int)
+        params = one_each("sampling_params", sampling_params, len(prompts), SamplingParams)
+        priorities = one_each("priority", 0 if priority is None else priority, len(prompts), int)
         if priority is not None and self.ready.config.scheduler.policy == "fcfs" and any(priorities):
             raise InvalidRequestError(
                 'priority is given, but the engine serves first come, first served: use scheduling_policy="priority"',
@@ -355,7 +410,7 @@ class LLM:
             self._frontend.process(
                 str(next(self._ids)),
                 prompt,
-                _final_only(one_params or self.get_default_sampling_params()),
+                final_only(one_params or self.get_default_sampling_params()),
                 priority=one_priority,
                 lora_request=lora_request,
             )
@@ -407,47 +462,6 @@ class LLM:
             for output in outputs:
                 room.leave(output.request_id)
                 yield output
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, whether one or several came."""
-    if isinstance(prompts, str | Mapping):
-        return [cast("Prompt", prompts)]
-    if not isinstance(prompts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidRequestError(
-            f"prompts is a {type(prompts).__name__}, but must be a prompt or a list of prompts", param="prompts"
-        )
-    if prompts and isinstance(prompts[0], int):
-        return [cast("Prompt", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
-
-
-def _one_each(name: str, given: Any, count: int, kind: type) -> list[Any]:
-    """``count`` values, from one for all or one for each."""
-    if given is None or isinstance(given, kind):
-        return [given] * count
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        raise InvalidRequestError(
-            f"{name} is {shorten(repr(given))}, but must be of the type {kind.__name__}, or a list of such", param=name
-        )
-    values = list(cast("Sequence[Any]", given))
-    if len(values) != count:
-        raise InvalidRequestError(
-            f"{name}: {len(values)} for {plural(count, 'prompt')}; give one for all or one each", param=name
-        )
-    return values
-
-
-def _final_only(params: Any) -> Any:
-    """The same without intermediate outputs, which nobody would see here. Anything else is the checker's matter."""
-    if not isinstance(params, SamplingParams) or params.output_kind is RequestOutputKind.FINAL_ONLY:
-        return params
-    return msgspec.structs.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
-
-
-def _refuse_given(name: str, value: object) -> None:
-    if value:
-        raise InvalidRequestError(f"{name} is not supported by this version of Octavo; leave it out", param=name)
 
 
 def _signature() -> inspect.Signature:

@@ -1,19 +1,24 @@
-"""What a blocking call keeps while it waits: how much of the engine's queue it fills, and a bar of its progress.
+"""What a blocking call needs around the engine: its arguments as lists, how much of the engine's queue it fills while
+it waits, and a bar of its progress.
 
 Used by ``llm.py``; knows no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
+import msgspec
 from tqdm import tqdm
 
 from octavo.engine.frontend import AnyOutput
-from octavo.frontend.input_processor import ProcessedRequest
+from octavo.errors import InvalidRequestError
+from octavo.frontend.input_processor import ProcessedRequest, Prompt
 from octavo.frontend.pooling_processor import ProcessedPooling
 from octavo.outputs import RequestOutput
+from octavo.sampling_params import RequestOutputKind, SamplingParams
+from octavo.utils.text import plural, shorten
 
 UseTqdm = bool | Callable[..., Any]
 """Whether to show progress, or a function that makes the bar."""
@@ -93,4 +98,63 @@ class Progress:
             f"in {self._num_prompt_tokens / seconds:.1f} tokens/s, out {self._num_tokens / seconds:.1f} tokens/s",
             refresh=False,
         )
-        self._bar.update(1)
+        self.advance()
+
+    def advance(self, count: int = 1) -> None:
+        """So many more prompts are done."""
+        if self._bar is not None:
+            self._bar.update(count)
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, whether one or several came.
+
+    Raises:
+        InvalidRequestError: It is neither.
+    """
+    if isinstance(prompts, str | Mapping):
+        return [cast("Prompt", prompts)]
+    if not isinstance(prompts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidRequestError(
+            f"prompts is a {type(prompts).__name__}, but must be a prompt or a list of prompts", param="prompts"
+        )
+    if prompts and isinstance(prompts[0], int):
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
+
+
+def one_each(name: str, given: Any, count: int, kind: type) -> list[Any]:
+    """``count`` values, from one for all or one for each.
+
+    Raises:
+        InvalidRequestError: They are of another type or number.
+    """
+    if given is None or isinstance(given, kind):
+        return [given] * count
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise InvalidRequestError(
+            f"{name} is {shorten(repr(given))}, but must be of the type {kind.__name__}, or a list of such", param=name
+        )
+    values = list(cast("Sequence[Any]", given))
+    if len(values) != count:
+        raise InvalidRequestError(
+            f"{name}: {len(values)} for {plural(count, 'prompt')}; give one for all or one each", param=name
+        )
+    return values
+
+
+def final_only(params: Any) -> Any:
+    """The same without intermediate outputs, which nobody would see here. Anything else is the checker's matter."""
+    if not isinstance(params, SamplingParams) or params.output_kind is RequestOutputKind.FINAL_ONLY:
+        return params
+    return msgspec.structs.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+def refuse_given(name: str, value: object) -> None:
+    """Refuse an argument that is known and not supported.
+
+    Raises:
+        InvalidRequestError: It was given.
+    """
+    if value:
+        raise InvalidRequestError(f"{name} is not supported by this version of Octavo; leave it out", param=name)

@@ -106,6 +106,11 @@ class InputProcessor:
         self._defaults = _default_params(frontend.sampling_defaults)
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends an answer."""
+        return tuple(self._eos_token_ids)
+
+    @property
     def default_sampling_params(self) -> SamplingParams:
         """What a request gets that brings no SamplingParams: the model's own defaults over ours."""
         return self._defaults
