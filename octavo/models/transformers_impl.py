@@ -8,7 +8,7 @@ weights arrive through ``transformers_weights.py``. Needs the ``transformers`` p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,12 +40,20 @@ class PluggedAttention(Layer):
         self._step = step
 
     def __call__(
-        self, _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, _options: Any
+        self,
+        _module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        _mask: Tensor | None,
+        options: Mapping[str, Any],
     ) -> Tensor:
         """``[1, H, T, D]``, twice ``[1, G, T, D]`` to ``[1, T, H, D]``; what else is passed was looked at by the
         probe."""
         batch = self._step.batch
         assert batch is not None, "attention runs within forward()"
+        if self.attention.spec.has_sinks:
+            self.attention.set_sinks(options["s_aux"].flatten().float())
         q, k, v = (heads[0].transpose(0, 1).contiguous() for heads in (query, key, value))
         return self.attention.attend(q, k, v, batch).unflatten(1, q.shape[1:]).unsqueeze(0)
 
@@ -86,6 +94,7 @@ class TransformersForCausalLM(Layer):
                 scale=call.scale,
                 sliding_window=call.sliding_window,
                 logit_softcap=call.logit_softcap,
+                has_sinks=call.has_sinks,
             )
             plug = PluggedAttention(attention, self._step)
             setattr(modules[call.module], PLUG, plug)

@@ -25,8 +25,8 @@ PROBE_TOKENS = 5
 _KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 _HARMLESS = frozenset(
-    {"dropout", "scaling", "sliding_window", "softcap", "is_causal", "use_cache", "position_ids", "cache_position",
-     "output_attentions", "output_hidden_states", "output_router_logits", "position_embeddings"}
+    {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal", "use_cache", "position_ids",
+     "cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "position_embeddings"}
 )  # fmt: skip
 """Arguments of the attention interface that are honoured, or that change nothing without a cache of transformers'."""
 
@@ -65,6 +65,7 @@ class AttentionCall:
     scale: float | None
     sliding_window: int | None
     logit_softcap: float | None
+    has_sinks: bool
 
 
 class HandedStates(nn.Module):
@@ -120,6 +121,9 @@ class _Recorder:
             self.problems.append(f"its attention looks at {key.shape[2]} keys for {query.shape[2]} tokens")
         if options.get("is_causal", getattr(module, "is_causal", True)) is False:
             self.problems.append("its attention is not causal")
+        sinks = options.get("s_aux")
+        if sinks is not None and sinks.numel() != query.shape[1]:
+            self.problems.append(f"its attention has {sinks.numel()} sinks for {query.shape[1]} heads")
         odd = sorted(key for key, value in options.items() if value is not None and key not in _HARMLESS)
         if odd:
             self.problems.append(f"its attention takes {', '.join(odd)}")
@@ -132,6 +136,7 @@ class _Recorder:
                 scale=options.get("scaling"),
                 sliding_window=options.get("sliding_window"),
                 logit_softcap=options.get("softcap"),
+                has_sinks=sinks is not None,
             )
         )
         return query.new_empty(query.transpose(1, 2).shape)

@@ -44,8 +44,13 @@ CASES: dict[str, dict[str, Any]] = {
     "apertus": GROUPED,  # parameters without dimensions
     "afmoe": {**GROUPED, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
     "llama": GROUPED,
-}
-FORCED = ("gemma2", "llama")
+    "granite_swa": {**GROUPED, "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]},  # sinks
+    "gpt_oss": {
+        **GROUPED, "head_dim": 8, "sliding_window": 20, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
+FORCED = ("gemma2", "gpt_oss", "llama")
 PROMPTS = [
     torch.randint(3, 101, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     for length in (5, 60, 1, 33)
