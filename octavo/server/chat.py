@@ -317,16 +317,16 @@ class _ChatEvents:
         if self._has_usage_always:
             self._tail = b',"usage":' + encode(usage_of([output], chat.reasoning_tokens))
         if self._newest is None:
-            first = self._template.chunk(
-                b",".join([each.first() for each in choices]), _first_tail(chat, output, self._tail)
-            )
+            # One choice to an event, here and below: many a client looks at choices[0] alone.
+            first = self._template.chunk(choices[0].first(), _first_tail(chat, output, self._tail))
+            first += b"".join([self._template.chunk(each.first(), self._tail) for each in choices[1:]])
         self._newest = output
         if len(output.outputs) == 1:
             answer = output.outputs[0]
             event = choices[answer.index].choice(answer)
-        else:
-            event = b",".join(filter(None, [choices[answer.index].choice(answer) for answer in output.outputs]))
-        return first + self._template.chunk(event, self._tail) if event else first
+            return first + self._template.chunk(event, self._tail) if event else first
+        events = [choices[answer.index].choice(answer) for answer in output.outputs]
+        return first + b"".join([self._template.chunk(event, self._tail) for event in events if event])
 
     def ending(self) -> bytes:
         """See ``sse.Events``."""

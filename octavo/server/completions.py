@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from octavo.errors import InvalidRequestError
 from octavo.frontend.input_processor import Prompt
-from octavo.outputs import CompletionOutput, RequestOutput
+from octavo.outputs import CompletionOutput, PromptLogprobs, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.answers import check_answer, check_outputs, head, json_answer, log_answer
 from octavo.server.body import read_json
@@ -265,11 +265,20 @@ def _token_texts(completion: _Completion, output: RequestOutput) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- as a stream
 
 
+@dataclass(slots=True)
+class _StreamedPrompt:
+    """What its answers share."""
+
+    logprobs: PromptLogprobs | None = None
+    """They come once, with the first output; answers may begin later."""
+
+
 class _ChoiceStream:
     """One answer as it comes."""
 
-    def __init__(self, completion: _Completion, index: int) -> None:
+    def __init__(self, completion: _Completion, index: int, prompt: _StreamedPrompt) -> None:
         self._completion = completion
+        self._prompt = prompt
         self._opening = b'{"index":%d,"text":' % index
         request = completion.request
         self._is_plain = request.logprobs is None and not request.return_token_ids
@@ -321,10 +330,12 @@ class _ChoiceStream:
     def _logprobs(self, output: RequestOutput, answer: CompletionOutput) -> dict[str, Any] | None:
         positions = [] if self._completion.only_echo or answer.logprobs is None else list(answer.logprobs)
         texts = ["" for _ in positions]
+        if output.prompt_logprobs is not None:
+            self._prompt.logprobs = output.prompt_logprobs
         if self._columns is None:
             self._columns = CompletionLogprobs(self._completion.style)
-            if self._completion.request.echo and output.prompt_logprobs is not None:
-                positions = [*output.prompt_logprobs, *positions]
+            if self._completion.request.echo and self._prompt.logprobs is not None:
+                positions = [*self._prompt.logprobs, *positions]
                 texts = [*_token_texts(self._completion, output), *texts]
         return self._columns.columns(positions, texts)
 
@@ -342,7 +353,11 @@ class _CompletionEvents:
         self._has_usage_always = bool(options and options.continuous_usage_stats)
         self._template = ChunkTemplate(head(generation, "text_completion"))
         self._num_each = generation.params.n
-        self._choices = [_ChoiceStream(completion, index) for index in range(self._num_each * len(generation.prompts))]
+        prompts = [_StreamedPrompt() for _ in generation.prompts]
+        self._choices = [
+            _ChoiceStream(completion, index, prompts[index // self._num_each])
+            for index in range(self._num_each * len(prompts))
+        ]
         self._newest: dict[int, RequestOutput] = {}
         self._tail = b',"usage":null' if self._wants_usage else b""
 
@@ -356,16 +371,14 @@ class _CompletionEvents:
         self._newest[index] = output
         if self._has_usage_always:
             self._tail = b',"usage":' + encode(completion.usage(self._newest.values()))
-        first = index * self._num_each
-        choices = self._choices
+        first, choices, chunk, tail = index * self._num_each, self._choices, self._template.chunk, self._tail
         if len(output.outputs) == 1:
             answer = output.outputs[0]
             event = choices[first + answer.index].choice(output, answer)
-        else:
-            event = b",".join(
-                filter(None, [choices[first + each.index].choice(output, each) for each in output.outputs])
-            )
-        return self._template.chunk(event, self._tail) if event else b""
+            return chunk(event, tail) if event else b""
+        # One choice to an event: many a client looks at choices[0] alone.
+        events = [choices[first + each.index].choice(output, each) for each in output.outputs]
+        return b"".join([chunk(event, tail) for event in events if event])
 
     def ending(self) -> bytes:
         """See ``sse.Events``."""

@@ -100,6 +100,15 @@ def test_several_answers(client: httpx.Client) -> None:
     assert streamed == texts
 
 
+def test_every_event_has_one_choice(client: httpx.Client) -> None:
+    """As OpenAI and vLLM send it: many a client looks at ``choices[0]`` alone."""
+    chunks = stream(client, n=3, temperature=1.0, return_token_ids=True)
+    assert {len(chunk["choices"]) for chunk in chunks} == {1}
+    first = [chunk for chunk in chunks if "role" in chunk["choices"][0]["delta"]]
+    assert [chunk["choices"][0]["index"] for chunk in first] == [0, 1, 2]
+    assert sum("prompt_token_ids" in chunk for chunk in chunks) == 1
+
+
 def test_logprobs(client: httpx.Client) -> None:
     answer = ask(client, logprobs=True, top_logprobs=3)
     positions = answer["choices"][0]["logprobs"]["content"]

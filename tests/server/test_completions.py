@@ -97,6 +97,25 @@ def test_logprobs_with_and_without_the_prompt(client: httpx.Client) -> None:
     assert [offset for piece in pieces for offset in piece["text_offset"]] == both["text_offset"]
 
 
+def test_every_streamed_answer_has_the_logprobs_of_the_echoed_prompt(client: httpx.Client) -> None:
+    # More answers than run at a time: the last begin when the first are over.
+    fields = {"n": 10, "temperature": 1.0, "seed": 5, "logprobs": 1, "echo": True, "prompt": [PROMPT, "Paris"]}
+    whole = [choice["logprobs"] for choice in ask(client, **fields)["choices"]]
+    columns = [{"tokens": [], "text_offset": []} for _ in whole]
+    for chunk in stream(client, **fields):
+        for choice in chunk["choices"]:
+            for name, column in columns[choice["index"]].items():
+                column += choice["logprobs"][name]
+    assert columns == [{name: each[name] for name in ("tokens", "text_offset")} for each in whole]
+
+
+def test_every_event_has_one_choice(client: httpx.Client) -> None:
+    """As OpenAI and vLLM send it: many a client looks at ``choices[0]`` alone."""
+    for fields in ({"n": 3, "temperature": 1.0}, {"prompt": [PROMPT, "Paris"]}, {"prompt": ["a", "b"], "echo": True}):
+        chunks = stream(client, stream_options={"include_usage": True}, **fields)
+        assert [len(chunk["choices"]) for chunk in chunks] == [1] * (len(chunks) - 1) + [0]
+
+
 def test_prompt_logprobs(client: httpx.Client) -> None:
     choice = ask(client, prompt_logprobs=0, return_token_ids=True)["choices"][0]
     assert len(choice["prompt_logprobs"]) == len(choice["prompt_token_ids"])
