@@ -13,8 +13,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, Protocol, cast
 
@@ -32,6 +31,7 @@ from octavo.messages import (
     CoreInput,
     CoreOutput,
     CoreResult,
+    EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
     EngineReady,
@@ -129,7 +129,7 @@ class _PumpedClient(ABC):
 
     def __init__(self, client_index: int = 0) -> None:
         self._client_index = client_index
-        self._outputs: deque[EngineCoreOutputs] = deque()
+        self._outputs: list[EngineCoreOutputs] = []
         self._calls: dict[int, Future[Any]] = {}
         self._next_call_id = 0
         self._call_lock = threading.Lock()
@@ -164,16 +164,8 @@ class _PumpedClient(ABC):
                 self._pump(max(0.0, min(left_s, POLL_SLICE_S)))
                 if not self._outputs and deadline_s is not None and time.monotonic() >= deadline_s:
                     return None
-            return self._take_all()
-
-    def _take_all(self) -> EngineCoreOutputs:
-        """All that has arrived, as one: a frontend that is behind does its work once for several steps."""
-        first = self._outputs.popleft()
-        while self._outputs:
-            later = self._outputs.popleft()
-            first.outputs += later.outputs
-            first.snapshot = later.snapshot or first.snapshot
-        return first
+            received, self._outputs = self._outputs, []
+        return received[0] if len(received) == 1 else join_steps(received)
 
     def call(self, method: str, *args: Any) -> Any:
         self._check_alive()
@@ -385,6 +377,28 @@ def _release(
         socket.close(linger=0)
     os.close(death_fd)
     cleanup()
+
+
+def join_steps(steps: Iterable[EngineCoreOutputs]) -> EngineCoreOutputs:
+    """The outputs of several steps as of one: who is behind does all further work once for all of them.
+
+    Tokens that come with nothing else become one output of their request; any other output stays by itself, in order.
+    """
+    joined = EngineCoreOutputs([])
+    growing: dict[str, EngineCoreOutput] = {}
+    """The newest output of each request, where further tokens may join it."""
+    for step in steps:
+        joined.snapshot = step.snapshot or joined.snapshot
+        for output in step.outputs:
+            if output.finish_reason is None and output.logprobs is None and output.prompt_logprobs is None:
+                before = growing.setdefault(output.request_id, output)
+                if before is not output:
+                    before.new_token_ids += output.new_token_ids
+                    continue
+            else:
+                growing.pop(output.request_id, None)
+            joined.outputs.append(output)
+    return joined
 
 
 def make_error(class_name: str, message: str) -> OctavoError:

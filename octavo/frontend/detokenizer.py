@@ -98,17 +98,16 @@ class Detokenizer:
             return None
         if not self._stops:
             self.token_ids.extend(token_ids)
-            for token_id in token_ids[:-1] if hide_last else token_ids:
-                text = stream.push(token_id)
-                if text:
-                    self._parts.append(text)
-                    self._fresh.append(text)
+            text = stream.push(token_ids[:-1] if hide_last else token_ids)
+            if text:
+                self._parts.append(text)
+                self._fresh.append(text)
             return None
         num_shown = len(token_ids) - 1 if hide_last else len(token_ids)
         for position, token_id in enumerate(token_ids):
             self.token_ids.append(token_id)
             if position < num_shown:
-                stop = self._append(stream.push(token_id))
+                stop = self._append(stream.push((token_id,)))
                 if stop is not None:
                     return stop
         return None

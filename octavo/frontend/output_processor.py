@@ -370,7 +370,7 @@ class OutputProcessor:
         answers = self._answers
         touched: list[_Request] = []
         abort_ids: list[str] = []
-        gaps: dict[float, int] = {}  # when the token before came (0.0: there was none) to how many came after one
+        gaps: dict[tuple[float, int], int] = {}  # when the token before came, how many came now: of how many answers
         for output in outputs:
             answer = answers.get(output.request_id)
             if answer is None:
@@ -384,9 +384,9 @@ class OutputProcessor:
             ):
                 request.note_prompt(output)
             if output.new_token_ids:
-                last_s = answer.last_token_s
-                gaps[last_s] = gaps.get(last_s, 0) + 1
-                if not last_s:
+                gap = answer.last_token_s, len(output.new_token_ids)
+                gaps[gap] = gaps.get(gap, 0) + 1
+                if not answer.last_token_s:
                     self._note_first_token(request.stats, now_s)
                 answer.last_token_s = request.stats.last_token_ts = now_s
             if answer.apply(output):
@@ -417,9 +417,9 @@ class OutputProcessor:
             if self._observer is not None:
                 self._observer.first_token(stats.first_token_latency)
 
-    def _note_gaps(self, gaps: Mapping[float, int], now_s: float) -> None:
-        """Count how long tokens came after the one before them, 0.0 where there was none."""
+    def _note_gaps(self, gaps: Mapping[tuple[float, int], int], now_s: float) -> None:
+        """Count how long tokens came after the one before them. Of those that came together each took its share."""
         if self._observer is not None:
-            for last_s, count in gaps.items():
+            for (last_s, num_tokens), num_answers in gaps.items():
                 if last_s:
-                    self._observer.later_tokens(now_s - last_s, count)
+                    self._observer.later_tokens((now_s - last_s) / num_tokens, num_answers * num_tokens)

@@ -1,4 +1,4 @@
-"""Token ids to text, one id at a time, never half a character.
+"""Token ids to text as they come, never half a character.
 
 A ``TextDecoder`` belongs to a tokenizer and is shared; a ``TextStream`` belongs to one answer and has its state. Three
 kinds of decoder:
@@ -37,8 +37,8 @@ PROMPT_TAIL = 8
 class TextStream(Protocol):
     """Text of one answer as it grows."""
 
-    def push(self, token_id: int) -> str:
-        """Text that ``token_id`` completes; empty while a character is not whole."""
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Text that ``token_ids`` complete; empty while a character is not whole."""
         ...
 
     def flush(self) -> str:
@@ -70,27 +70,31 @@ def _utf8_decoder() -> codecs.IncrementalDecoder:
 class _PieceStream:
     """A stream over a table of pieces: ``str`` for whole text, ``bytes`` for what may be a part of a character."""
 
-    __slots__ = ("_pieces", "_skip", "_strip", "_utf8", "_pending", "_carried")
+    __slots__ = ("_pieces", "_strip", "_utf8", "_pending", "_carried")
 
-    def __init__(self, pieces: _Pieces, prompt_tail: Sequence[int], skip: frozenset[int], *, strip: bool) -> None:
+    def __init__(self, pieces: _Pieces, prompt_tail: Sequence[int], *, strip: bool) -> None:
         self._pieces = pieces
-        self._skip = skip
         self._strip = False
         self._utf8 = _utf8_decoder()
         self._pending = False
         self._carried = False
         # A prompt that ends within a character leaves its first bytes in the decoder; its text is not ours to give.
-        for token_id in prompt_tail:
-            self.push(token_id)
+        self.push(prompt_tail)
         self._carried = self._pending
-        self._strip = strip and all(token_id in skip for token_id in prompt_tail)
+        self._strip = strip and all(token_id in pieces.skip for token_id in prompt_tail)
 
-    def push(self, token_id: int) -> str:
-        if token_id in self._skip:
-            return ""
-        piece = self._pieces.get(token_id)
-        if piece is None:
-            piece = self._pieces.add(token_id)
+    def push(self, token_ids: Sequence[int]) -> str:
+        pieces = [self._pieces[token_id] for token_id in token_ids]
+        if not (self._pending or self._strip):
+            try:
+                # Nearly always; else it raises.
+                return "".join(pieces)  # pyright: ignore[reportCallIssue, reportArgumentType, reportUnknownVariableType]
+            except TypeError:  # there is a part of a character
+                pass
+        return "".join(map(self._add, pieces))
+
+    def _add(self, piece: str | bytes) -> str:
+        """Text that one piece completes."""
         if not piece:
             return ""
         if self._carried:
@@ -122,14 +126,21 @@ class _PieceStream:
 
 
 class _Pieces(dict[int, "str | bytes"]):
-    """Pieces made so far. Filling it lazily saves the third of a second that 150,000 pieces would take at start-up."""
+    """Pieces made so far. Filling it lazily saves the third of a second that 150,000 pieces would take at start-up.
 
-    def __init__(self, raw: RawTokenizer, to_piece: _ToPiece) -> None:
-        super().__init__()
+    Args:
+        raw: Knows the tokens.
+        to_piece: Makes a piece of one.
+        skip: Ids that have the empty piece.
+    """
+
+    def __init__(self, raw: RawTokenizer, to_piece: _ToPiece, skip: frozenset[int]) -> None:
+        super().__init__(dict.fromkeys(skip, ""))
+        self.skip = skip
         self._raw = raw
         self._to_piece = to_piece
 
-    def add(self, token_id: int) -> str | bytes:
+    def __missing__(self, token_id: int) -> str | bytes:
         """Make the piece of an id; an id without a token (vocabularies are padded) has the empty one."""
         token = self._raw.id_to_token(token_id)
         piece = "" if token is None else self._to_piece(token)
@@ -141,16 +152,44 @@ class _ToPiece(Protocol):
     def __call__(self, token: str) -> str | bytes: ...
 
 
-def _piece_text(piece: str | bytes) -> str:
-    return piece if isinstance(piece, str) else piece.decode("utf-8", "replace")
+class _PieceDecoder:
+    """A decoder for which the text of a token does not depend on other tokens, but for characters cut in two.
+
+    Args:
+        raw: Knows the tokens.
+        to_piece: Makes a piece of one.
+        strip: The first space of a text is the tokenizer's own and not shown.
+    """
+
+    def __init__(self, raw: RawTokenizer, to_piece: _ToPiece, *, strip: bool = False) -> None:
+        self._raw = raw
+        self._to_piece = to_piece
+        self._strip = strip
+        self._tables: dict[frozenset[int], _Pieces] = {}
+        """By ids without text: there are hardly more than two such sets."""
+
+    def token_text(self, token_id: int) -> str:
+        """See ``TextDecoder``."""
+        piece = self._table(frozenset())[token_id]
+        return piece if isinstance(piece, str) else piece.decode("utf-8", "replace")
+
+    def stream(self, prompt_tail: Sequence[int], skip: frozenset[int]) -> TextStream:
+        """See ``TextDecoder``."""
+        return _PieceStream(self._table(skip), prompt_tail, strip=self._strip)
+
+    def _table(self, skip: frozenset[int]) -> _Pieces:
+        found = self._tables.get(skip)
+        if found is None:
+            found = self._tables[skip] = _Pieces(self._raw, self._to_piece, skip)
+        return found
 
 
-class ByteLevelDecoder:
+class ByteLevelDecoder(_PieceDecoder):
     """Byte-level BPE: each character of a token is one byte."""
 
     def __init__(self, raw: RawTokenizer) -> None:
+        super().__init__(raw, self._to_piece)
         self._alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
-        self._pieces = _Pieces(raw, self._to_piece)
 
     def _to_piece(self, token: str) -> str | bytes:
         try:
@@ -162,37 +201,20 @@ class ByteLevelDecoder:
         except UnicodeDecodeError:
             return piece
 
-    def token_text(self, token_id: int) -> str:
-        """See ``TextDecoder``."""
-        return _piece_text(self._pieces.get(token_id) or self._pieces.add(token_id))
-
-    def stream(self, prompt_tail: Sequence[int], skip: frozenset[int]) -> TextStream:
-        """See ``TextDecoder``."""
-        return _PieceStream(self._pieces, prompt_tail, skip, strip=False)
-
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
-class ByteFallbackDecoder:
-    """Sentencepiece's convention. ``strip``: the first space of a text is the tokenizer's own and not shown."""
+class ByteFallbackDecoder(_PieceDecoder):
+    """Sentencepiece's convention."""
 
     def __init__(self, raw: RawTokenizer, *, strip: bool) -> None:
-        self._strip = strip
-        self._pieces = _Pieces(raw, self._to_piece)
+        super().__init__(raw, self._to_piece, strip=strip)
 
     @staticmethod
     def _to_piece(token: str) -> str | bytes:
         found = _BYTE_TOKEN.match(token)
         return bytes([int(found[1], 16)]) if found else token.replace("\u2581", " ")
-
-    def token_text(self, token_id: int) -> str:
-        """See ``TextDecoder``."""
-        return _piece_text(self._pieces.get(token_id) or self._pieces.add(token_id))
-
-    def stream(self, prompt_tail: Sequence[int], skip: frozenset[int]) -> TextStream:
-        """See ``TextDecoder``."""
-        return _PieceStream(self._pieces, prompt_tail, skip, strip=self._strip)
 
 
 class WindowDecoder:
@@ -233,7 +255,10 @@ class _WindowStream:
             self._num_given -= 1
             self._given = decoder.decode(self._ids[: self._num_given])
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(self._add, token_ids))
+
+    def _add(self, token_id: int) -> str:
         if token_id in self._skip:
             return ""
         self._ids.append(token_id)
@@ -269,18 +294,21 @@ class UnspacedSpecialStream:
         self._special = special
         self._after_special = False
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         """See ``TextStream``."""
-        text = self._inner.push(token_id)
+        return "".join(map(self._add, token_ids))
+
+    def flush(self) -> str:
+        """See ``TextStream``."""
+        return self._inner.flush()
+
+    def _add(self, token_id: int) -> str:
+        text = self._inner.push((token_id,))
         is_special = token_id in self._special
         if is_special and self._after_special:
             text = text.removeprefix(" ")
         self._after_special = is_special
         return text
-
-    def flush(self) -> str:
-        """See ``TextStream``."""
-        return self._inner.flush()
 
 
 def make_decoder(raw: RawTokenizer) -> TextDecoder:
@@ -312,6 +340,4 @@ def _decoder_steps(raw: RawTokenizer) -> Iterable[dict[str, Any]]:
 
 def decode_whole(stream: TextStream, token_ids: Iterable[int]) -> str:
     """All text of ``token_ids`` through a fresh stream."""
-    parts = [stream.push(token_id) for token_id in token_ids]
-    parts.append(stream.flush())
-    return "".join(parts)
+    return stream.push(list(token_ids)) + stream.flush()

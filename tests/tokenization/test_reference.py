@@ -60,7 +60,7 @@ def assert_streams(tokenizer: Tokenizer, whole: Callable[[str, Sequence[int]], s
     for text in sample_texts():
         ids = tokenizer.encode(text, add_special_tokens=False)
         stream = tokenizer.stream()
-        parts = [stream.push(token_id) for token_id in ids]
+        parts = [stream.push([token_id]) for token_id in ids]
         assert "".join([*parts, stream.flush()]) == whole(text, ids), repr(text)
         if "\ufffd" not in text:
             assert not any("\ufffd" in part for part in parts), repr(text)

@@ -72,4 +72,4 @@ def test_text_comes_id_by_id(folder: Path) -> None:
     for text in sample_texts():
         ids = tokenizer.encode(text, add_special_tokens=False)
         stream = tokenizer.stream()
-        assert "".join([*map(stream.push, ids), stream.flush()]) == tokenizer.decode(ids), repr(text)
+        assert "".join([*(stream.push([each]) for each in ids), stream.flush()]) == tokenizer.decode(ids), repr(text)

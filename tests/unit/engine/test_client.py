@@ -18,10 +18,17 @@ import psutil
 import pytest
 import zmq
 
-from octavo.engine.client import EngineClient, ZmqClient
+from octavo.engine.client import EngineClient, ZmqClient, join_steps
 from octavo.engine.launch import launch_engine
 from octavo.errors import CheckpointError, ConfigError, EngineDeadError, InvalidRequestError, ModelNotFoundError
-from octavo.messages import EngineCoreOutput, EngineSnapshot, EngineStarting, FinishReason
+from octavo.messages import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineSnapshot,
+    EngineStarting,
+    FinishReason,
+    Logprobs,
+)
 from tests.unit.engine.fakes import CONFIG, CRASH, EXIT, READY, REFUSE, UNSOUND, FakeArgs, make_request
 from tests.waiting import WAIT_S, join
 
@@ -67,11 +74,15 @@ def collect(client: EngineClient, num_finished: int) -> list[EngineCoreOutput]:
     return found
 
 
+def num_tokens(outputs: list[EngineCoreOutput]) -> int:
+    return sum(len(output.new_token_ids) for output in outputs)
+
+
 def test_requests_run_and_refusals_come_back(client: EngineClient) -> None:
     assert client.ready == READY and client.ready.config == CONFIG
     client.submit([make_request("a", 2), make_request("bad", first=REFUSE), make_request("b", 3)])
     outputs = collect(client, 3)
-    assert [output.new_token_ids for output in outputs if output.request_id == "b"] == [[2], [1], [0]]
+    assert [each for output in outputs if output.request_id == "b" for each in output.new_token_ids] == [2, 1, 0]
     assert next(output for output in outputs if output.request_id == "bad").error == "too long for this test"
 
 
@@ -111,7 +122,27 @@ def test_outputs_that_arrive_during_a_call_are_kept(client: EngineClient) -> Non
     client.submit([make_request("a", 5)])
     client.call("ping")
     client.call("ping")
-    assert len(collect(client, 1)) == 5
+    assert num_tokens(collect(client, 1)) == 5
+
+
+def test_tokens_of_several_steps_are_one_output_and_all_else_stays_as_it_came() -> None:
+    """Red when a token is lost or overtakes another, or one joins what has more to tell: logprobs, or an end."""
+    position = Logprobs([[7]], [[-1.0]], [1])
+    steps = [
+        [EngineCoreOutput("a", [1], num_cached_tokens=3), EngineCoreOutput("b", [10], logprobs=position)],
+        [EngineCoreOutput("a", [2, 3]), EngineCoreOutput("b", [11], logprobs=position)],
+        [EngineCoreOutput("a", [4], FinishReason.LENGTH), EngineCoreOutput("b", [12])],
+        [EngineCoreOutput("a", [5]), EngineCoreOutput("b", [13]), EngineCoreOutput("c", [], prompt_logprobs=position)],
+        [EngineCoreOutput("c", [20])],
+    ]
+    snapshots = [None, EngineSnapshot(1.0), None, EngineSnapshot(2.0), None]
+    joined = join_steps(EngineCoreOutputs(outputs, seen) for outputs, seen in zip(steps, snapshots, strict=True))
+    assert [(each.request_id, each.new_token_ids) for each in joined.outputs] == [
+        ("a", [1, 2, 3]), ("b", [10]), ("b", [11]), ("a", [4]), ("b", [12, 13]), ("a", [5]), ("c", []), ("c", [20]),
+    ]  # fmt: skip
+    assert joined.outputs[0].num_cached_tokens == 3
+    assert joined.outputs[3].finish_reason is FinishReason.LENGTH
+    assert joined.snapshot == EngineSnapshot(2.0)
 
 
 def test_a_worker_exception_ends_the_engine_with_its_cause(client: EngineClient) -> None:
@@ -201,11 +232,11 @@ def test_random_bytes_are_dropped_and_counted(zmq_client: ZmqClient) -> None:
         raw.connect(f"{runtime_dir}/core")
         raw.sendall(random.Random(7).randbytes(10_000))
     zmq_client.submit([make_request("a", 3)])
-    assert len(collect(zmq_client, 1)) == 3
+    assert num_tokens(collect(zmq_client, 1)) == 3
     while zmq_client.call("num_dropped_messages") < len(junk) or zmq_client.num_dropped_messages < len(junk):
         zmq_client.recv(0.01)
     zmq_client.submit([make_request("b", 3)])
-    assert len(collect(zmq_client, 1)) == 3
+    assert num_tokens(collect(zmq_client, 1)) == 3
 
 
 def addresses(client: ZmqClient) -> list[str]:

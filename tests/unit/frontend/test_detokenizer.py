@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +19,8 @@ class Pieces:
         self.pieces = pieces
         self.end = end
 
-    def push(self, token_id: int) -> str:
-        return self.pieces[token_id]
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join(self.pieces[token_id] for token_id in token_ids)
 
     def flush(self) -> str:
         return self.end

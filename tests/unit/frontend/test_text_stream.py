@@ -70,7 +70,7 @@ def test_a_streamed_text_is_the_text(kind: str, text: str) -> None:
     tokenizer = ALL[kind]
     ids = tokenizer.encode(text, add_special_tokens=False)
     stream = tokenizer.stream()
-    pieces = [*map(stream.push, ids), stream.flush()]
+    pieces = [*(stream.push([token_id]) for token_id in ids), stream.flush()]
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
@@ -80,11 +80,12 @@ def test_a_streamed_text_is_the_text(kind: str, text: str) -> None:
 @given(data=st.data(), skip=st.booleans())
 @settings(max_examples=80)
 def test_any_ids_stream_to_their_whole_decoding(kind: str, data: st.DataObject, skip: bool) -> None:
-    """Ids that no encoder would write: broken UTF-8, special tokens anywhere. Where byte-fallback bytes are broken only
-    the number of replacement characters may differ."""
+    """Ids that no encoder would write: broken UTF-8, special tokens anywhere, however many come at once. Where
+    byte-fallback bytes are broken only the number of replacement characters may differ."""
     tokenizer = ALL[kind]
     ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=24))
-    streamed = decode_whole(tokenizer.stream(skip_special_tokens=skip), ids)
+    stream, step = tokenizer.stream(skip_special_tokens=skip), data.draw(st.integers(1, 5))
+    streamed = "".join(stream.push(ids[start : start + step]) for start in range(0, len(ids), step)) + stream.flush()
     whole = tokenizer.decode(ids, skip_special_tokens=skip)
     if kind in ("llama2", "gemma") and "\ufffd" in whole:
         whole = fallback_reference(tokenizer, ids, skip, strip=kind == "llama2")
@@ -112,13 +113,13 @@ def test_characters_come_whole(byte_level: Tokenizer) -> None:
     family = "👩‍👩‍👧"
     ids = [byte_level.convert_tokens_to_ids(token) for token in _byte_tokens(family)]
     stream = byte_level.stream()
-    assert [piece for i in ids if (piece := stream.push(i))] == list(family)
+    assert [piece for i in ids if (piece := stream.push([i]))] == list(family)
 
 
 def test_bytes_that_never_become_a_character_show_at_the_end(byte_level: Tokenizer) -> None:
     first = byte_level.convert_tokens_to_ids(_byte_tokens("世")[0])
     stream = byte_level.stream()
-    assert stream.push(first) == ""
+    assert stream.push([first]) == ""
     assert stream.flush() == "\ufffd"
     assert stream.flush() == ""
 
@@ -138,7 +139,7 @@ def test_a_window_does_not_wait_forever() -> None:
     stream = tokenizer.stream()
     byte = tokenizer.convert_tokens_to_ids(_byte_tokens("世")[0])
     assert byte is not None
-    assert any(stream.push(byte) for _ in range(20))
+    assert any(stream.push([byte]) for _ in range(20))
 
 
 def test_an_id_beyond_the_vocabulary_gives_no_text(byte_level: Tokenizer) -> None:
