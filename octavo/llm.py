@@ -37,7 +37,7 @@ from octavo.engine.pooling_calls import ScorePlan, as_texts
 from octavo.errors import EngineDeadError, InvalidRequestError
 from octavo.frontend.beam_search import BeamSearches, BeamSearchOutput, BeamSearchParams
 from octavo.frontend.chat_template import ChatOptions
-from octavo.frontend.input_processor import ProcessedRequest, Prompt
+from octavo.frontend.input_processor import ProcessedRequest, Prompt, TokensPrompt, eos_token_ids_of
 from octavo.frontend.tokenizer import Tokenizer
 from octavo.messages import EngineReady
 from octavo.observability.metrics import Metric
@@ -214,11 +214,12 @@ class LLM:
         given = as_list(prompts)
         size = max(1, len(given) if concurrency_limit is None else concurrency_limit)
         found: list[BeamSearchOutput] = []
+        eos, limit = eos_token_ids_of(config.model, self._frontend.tokenizer), config.scheduler.max_model_len
         with self._lock, Progress(use_tqdm, len(given)) as progress:
             checked = self._check_all(given, params.step, None, lora_request)
             for start in range(0, len(given), size):
-                eos, limit = self._frontend.inputs.eos_token_ids, config.scheduler.max_model_len
-                searches = BeamSearches(checked[start : start + size], params, eos, limit)
+                part = [_tokens_of(each) for each in checked[start : start + size]]
+                searches = BeamSearches(part, params, eos, limit)
                 while reads := searches.prompts():
                     progress.advance(searches.take(self._run(self._check_all(reads, params.step, None, None), False)))
                 found += [BeamSearchOutput(search.best()) for search in searches.searches]
@@ -462,6 +463,13 @@ class LLM:
             for output in outputs:
                 room.leave(output.request_id)
                 yield output
+
+
+def _tokens_of(checked: ProcessedRequest) -> TokensPrompt:
+    """A checked prompt in the form in which it can be given again."""
+    salt = checked.core_requests[0].cache_salt
+    found: TokensPrompt = {"prompt_token_ids": checked.prompt_token_ids}
+    return found if salt is None else {**found, "cache_salt": salt}
 
 
 def _signature() -> inspect.Signature:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from octavo.errors import InvalidRequestError, OctavoError
-from octavo.frontend.input_processor import ProcessedRequest, Prompt
+from octavo.frontend.input_processor import Prompt, TokensPrompt
 from octavo.outputs import LogprobsOnePosition, RequestOutput
 from octavo.sampling_params import INT64_MAX, RequestOutputKind, SamplingParams
 
@@ -236,7 +236,7 @@ class BeamSearches:
     """Those of several prompts, side by side.
 
     Args:
-        checked: The prompts, checked as requests of ``params.step``.
+        prompts: Token ids, and salts of the prefix cache where there are any.
         params: The same for all.
         eos_token_ids: See ``BeamSearch``.
         max_model_len: Of the engine.
@@ -244,18 +244,20 @@ class BeamSearches:
 
     def __init__(
         self,
-        checked: Sequence[ProcessedRequest],
+        prompts: Sequence[TokensPrompt],
         params: BeamSearchParams,
         eos_token_ids: Collection[int],
         max_model_len: int,
     ) -> None:
-        self.searches = [BeamSearch(each.prompt_token_ids, params, eos_token_ids, max_model_len) for each in checked]
-        self._salts = [each.core_requests[0].cache_salt for each in checked]
+        self.searches = [
+            BeamSearch(each.get("prompt_token_ids", []), params, eos_token_ids, max_model_len) for each in prompts
+        ]
+        self._salts = [each.get("cache_salt") for each in prompts]
 
     def prompts(self) -> list[Prompt]:
         """What to read next, each as a request of ``params.step``; nothing when all searches are over."""
         return [
-            {"prompt_token_ids": beam.tokens} if salt is None else {"prompt_token_ids": beam.tokens, "cache_salt": salt}
+            beam.tokens if salt is None else {"prompt_token_ids": beam.tokens, "cache_salt": salt}
             for search, salt in zip(self.searches, self._salts, strict=True)
             for beam in search.running
         ]

@@ -98,17 +98,9 @@ class InputProcessor:
         self._max_logprobs = frontend.max_logprobs
         self._tokenizer = tokenizer
         self._client_index = client_index
-        eos = list(model.eos_token_ids)
-        if tokenizer is not None and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos:
-            eos.append(tokenizer.eos_token_id)
-        self._eos_token_ids = eos
+        self._eos_token_ids = eos_token_ids_of(model, tokenizer)
         self._seeds = random.Random(frontend.seed)
         self._defaults = _default_params(frontend.sampling_defaults)
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """What ends an answer."""
-        return tuple(self._eos_token_ids)
 
     @property
     def default_sampling_params(self) -> SamplingParams:
@@ -445,6 +437,14 @@ def _for_child(sampling: ResolvedSampling, params: SamplingParams, index: int) -
         prompt_logprobs=None,
         skip_reading_prefix_cache=bool(params.skip_reading_prefix_cache),
     )
+
+
+def eos_token_ids_of(model: ModelConfig, tokenizer: Tokenizer | None) -> list[int]:
+    """What ends an answer: the model's ids, and the tokenizer's where that is another."""
+    eos = list(model.eos_token_ids)
+    if tokenizer is not None and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos:
+        eos.append(tokenizer.eos_token_id)
+    return eos
 
 
 def core_request_id(request_id: str, client_index: int) -> str:

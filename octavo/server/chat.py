@@ -15,6 +15,7 @@ from octavo.frontend.reasoning import ReasoningFormat, ReasoningParser, SplitTex
 from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.answers import check_answer, check_outputs, head, json_answer, log_answer
+from octavo.server.beams import beams_of, generation_of
 from octavo.server.body import read_json
 from octavo.server.chat_prompt import chat_options, last_text, render
 from octavo.server.generation import (
@@ -118,11 +119,16 @@ async def _prepare(service: Service, request: Request, body: dict[str, Any]) -> 
         )
     options = chat_options(service, fields, fields.reasoning_effort)
     form = find_format(service.config.reasoning_parser, engine.tokenizer.chat_templates.source(options.chat_template))
-    params = _sampling(service, fields, form)
+    needs_markers = form is not None and form.closing in engine.tokenizer.all_special_tokens
+    beams = beams_of(service, fields, fields.max_completion_tokens or fields.max_tokens)
+    params = _sampling(service, fields, needs_markers=needs_markers) if beams is None else beams.step
     prompt: Any = await render(service, fields.messages, options)
     if fields.cache_salt is not None:
         prompt["cache_salt"] = fields.cache_salt
-    generation = Generation(
+    generation = generation_of(
+        beams,
+        fields,
+        skip_special_tokens=not needs_markers,
         service=service,
         route=ROUTE,
         model=model,
@@ -151,7 +157,7 @@ async def _prepare(service: Service, request: Request, body: dict[str, Any]) -> 
     return chat
 
 
-def _sampling(service: Service, fields: ChatRequest, form: ReasoningFormat | None) -> SamplingParams:
+def _sampling(service: Service, fields: ChatRequest, *, needs_markers: bool) -> SamplingParams:
     engine = service.need_engine
     values = sampling_values(fields)
     values["logit_bias"] = logit_bias_of(fields.logit_bias)
@@ -163,8 +169,8 @@ def _sampling(service: Service, fields: ChatRequest, form: ReasoningFormat | Non
     # An answer without a limit of its own ends with the context, unless the model's defaults have one.
     defaults_limit = engine.default_sampling_params.max_tokens
     values["max_tokens"] = limit or (None if defaults_limit == SamplingParams().max_tokens else defaults_limit)
-    if form is not None and form.closing in engine.tokenizer.all_special_tokens:
-        values["skip_special_tokens"] = False  # the markers are special tokens, and the parser takes them out
+    if needs_markers:
+        values["skip_special_tokens"] = False  # they are special tokens, and the parser of thoughts takes them out
     return SamplingParams(**values)
 
 

@@ -15,6 +15,7 @@ from octavo.frontend.input_processor import Prompt
 from octavo.outputs import CompletionOutput, PromptLogprobs, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.answers import check_answer, check_outputs, head, json_answer, log_answer
+from octavo.server.beams import beams_of, generation_of
 from octavo.server.body import read_json
 from octavo.server.generation import (
     Generation,
@@ -100,9 +101,13 @@ async def _prepare(service: Service, request: Request, body: dict[str, Any]) -> 
     _ = service.need_engine
     fields, model = check_generation(service, body, COMPLETIONS, CompletionRequest)
     _check_fields(fields)
-    params = _sampling(service, fields)
+    limit = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
+    beams = beams_of(service, fields, limit)
+    params = _sampling(service, fields) if beams is None else beams.step
     prompts = await _prompts(service, fields)
-    generation = Generation(
+    generation = generation_of(
+        beams,
+        fields,
         service=service,
         route=ROUTE,
         model=model,

@@ -93,15 +93,20 @@ class Generation:
         admission = self.service.admission
         if admission is not None:
             self._ticket = admission.reserve(
-                num_sequences=len(self.prompts) * self.params.n,
+                num_sequences=self.num_streams * self.params.n,
                 num_prompt_tokens=sum(map(_num_tokens_guess, self.prompts)),
                 tenant=self.tenant,
             )
         self.request_id, self._engine_ids = self.service.open_requests.open(
-            self.request_id, self.tenant, len(self.prompts)
+            self.request_id, self.tenant, self.num_streams
         )
         self._index = {engine_id: index for index, engine_id in enumerate(self._engine_ids)}
         self._is_open = True
+
+    @property
+    def num_streams(self) -> int:
+        """Requests of the engine at a time, at most: one per prompt."""
+        return len(self.prompts)
 
     def deadline(self) -> Deadline:
         """Of this request, from now."""
@@ -114,13 +119,9 @@ class Generation:
             OctavoError: One of them was refused or failed; the others are aborted.
         """
         deadline = self.deadline()
-        finished: dict[int, RequestOutput] = {}
         try:
             async with deadline.scope():
-                await self.start()
-                while self.num_open:
-                    for output in await self.next():
-                        finished[self.index_of(output)] = output
+                return await self._collect()
         except TimeoutError:
             self._error = deadline.error()
             raise self._error from None
@@ -129,6 +130,13 @@ class Generation:
             raise
         finally:
             self.close()
+
+    async def _collect(self) -> list[RequestOutput]:
+        finished: dict[int, RequestOutput] = {}
+        await self.start()
+        while self.num_open:
+            for output in await self.next():
+                finished[self.index_of(output)] = output
         return [finished[index] for index in range(len(self.prompts))]
 
     def index_of(self, output: RequestOutput) -> int:

@@ -42,8 +42,6 @@ SHARED: Mapping[str, Unsupported] = {
     "guided_decoding_backend": Unsupported(_STRUCTURED),
     "guided_whitespace_pattern": Unsupported(_STRUCTURED),
     "response_format": Unsupported(_STRUCTURED, _is_text_format),
-    "use_beam_search": Unsupported("beam search is not supported", _is(False)),
-    "length_penalty": Unsupported("it belongs to beam search, which is not supported", _is(1.0, 1)),
     "logits_processors": Unsupported("load them with --logits-processors, and give their arguments in vllm_xargs"),
     "prompt_embeds": Unsupported("prompts are text or token ids"),
     "kv_transfer_params": Unsupported("the KV cache stays on this server"),

@@ -100,6 +100,15 @@ def test_several_answers(client: httpx.Client) -> None:
     assert streamed == texts
 
 
+def test_beam_search(client: httpx.Client) -> None:
+    answer = ask(client, use_beam_search=True, n=2, max_tokens=4, logprobs=True, top_logprobs=1, length_penalty=0.5)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert all(choice["message"]["role"] == "assistant" for choice in answer["choices"])
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    shown = ["".join(each["token"] for each in choice["logprobs"]["content"]) for choice in answer["choices"]]
+    assert len(set(texts)) == 2 and shown == texts
+
+
 def test_every_event_has_one_choice(client: httpx.Client) -> None:
     """As OpenAI and vLLM send it: many a client looks at ``choices[0]`` alone."""
     chunks = stream(client, n=3, temperature=1.0, return_token_ids=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from openai.types import Completion
 
-from tests.server.conftest import CONTEXT
+from tests.server.conftest import CONTEXT, Server
 
 ROUTE = "/v1/completions"
 PROMPT = "The sea is"
@@ -116,6 +117,38 @@ def test_every_event_has_one_choice(client: httpx.Client) -> None:
         assert [len(chunk["choices"]) for chunk in chunks] == [1] * (len(chunks) - 1) + [0]
 
 
+def test_beam_search(client: httpx.Client) -> None:
+    fields = {"use_beam_search": True, "n": 3, "max_tokens": 5, "ignore_eos": True, "logprobs": 2}
+    answer = ask(client, prompt=[PROMPT, "Paris"], return_token_ids=True, include_metrics=True, **fields)
+    choices = answer["choices"]
+    assert [choice["index"] for choice in choices] == list(range(6))
+    sums = [sum(choice["logprobs"]["token_logprobs"]) for choice in choices]
+    assert sums[:3] == sorted(sums[:3], reverse=True) and sums[3:] == sorted(sums[3:], reverse=True)
+    assert {choice["finish_reason"] for choice in choices} == {"length"}
+    assert all("".join(choice["logprobs"]["tokens"]) == choice["text"] for choice in choices)
+    assert all(len(top) in (2, 3) for choice in choices for top in choice["logprobs"]["top_logprobs"])
+    assert answer["usage"]["completion_tokens"] == 30
+    assert answer["metrics"]["generation_time_ms"] > 0
+    # The likeliest of five tokens is at least as likely as the greedy ones; and one beam is greedy.
+    greedy = ask(client, max_tokens=5, ignore_eos=True, logprobs=0, return_token_ids=True)["choices"][0]
+    assert sums[0] >= sum(greedy["logprobs"]["token_logprobs"]) - 1e-4
+    one = ask(client, **{**fields, "n": 1}, return_token_ids=True)["choices"][0]
+    assert one["token_ids"] == greedy["token_ids"]
+    echoed = ask(client, **{**fields, "logprobs": None}, echo=True)["choices"][0]
+    assert echoed["text"] == PROMPT + choices[0]["text"] and echoed["logprobs"] is None
+
+
+def test_a_search_can_be_aborted_and_leaves_nothing(server: Server, client: httpx.Client) -> None:
+    fields = {"use_beam_search": True, "n": 4, "max_tokens": 200, "ignore_eos": True, "request_id": "beams"}
+    with ThreadPoolExecutor(1) as pool:
+        searching = pool.submit(client.post, ROUTE, json=body(**fields))
+        while not searching.done():  # between two steps of it there is nothing to end: again
+            client.post("/v1/requests/beams/abort")
+    choices = searching.result().json()["choices"]
+    assert {choice["finish_reason"] for choice in choices} == {"abort"}
+    assert server.service.open_requests.engine_ids("cmpl-beams") == []
+
+
 def test_prompt_logprobs(client: httpx.Client) -> None:
     choice = ask(client, prompt_logprobs=0, return_token_ids=True)["choices"][0]
     assert len(choice["prompt_logprobs"]) == len(choice["prompt_token_ids"])
@@ -174,7 +207,13 @@ def test_the_default_length_is_sixteen(client: httpx.Client) -> None:
         ({"bad_words": [""]}, "bad_words[0]", "empty_string"),
         ({"repetition_detection": {}}, "repetition_detection.max_pattern_size", "missing_required_parameter"),
         ({"timeout_ms": 0}, "timeout_ms", "integer_below_min_value"),
-        ({"use_beam_search": True}, "use_beam_search", "unsupported_parameter"),
+        ({"length_penalty": 2.0}, "length_penalty", "invalid_value"),
+        ({"use_beam_search": True, "n": 11}, "n", "invalid_value"),
+        ({"use_beam_search": True, "top_p": 0.5}, "top_p", "invalid_value"),
+        ({"use_beam_search": True, "stream": True}, "stream", "invalid_value"),
+        ({"use_beam_search": True, "temperature": 0.5}, "temperature", "invalid_value"),
+        ({"use_beam_search": True, "prompt": [7] * CONTEXT}, "prompt", "context_length_exceeded"),
+        ({"use_beam_search": True, "prompt": [49152]}, "prompt", "invalid_value"),
         ({"n": 2}, "n", "invalid_value"),
     ],
 )  # fmt: skip

@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from octavo.frontend.beam_search import MAX_LENGTH_PENALTY
 from octavo.sampling_params import RepetitionDetection, SamplingParams
 from octavo.server.schemas.tables import free_table, numbers_table
 
@@ -157,6 +158,10 @@ class GenerationRequest(RequestModel):
     cache_salt: Label | None = Field(None, description="Prompts share cached prefixes only under one salt.")
     timeout_ms: Milliseconds | None = Field(None, description="End the request with an error after this time.")
     max_queue_ms: Milliseconds | None = Field(None, description="End it with an error if no token came by then.")
+    use_beam_search: bool | None = Field(None, description="Return the n likeliest answers that are found together.")
+    length_penalty: Annotated[float, Field(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] | None = Field(
+        None, description="Of beam search: above 0 prefers long answers. Default: 1."
+    )
     return_tokens_as_token_ids: bool | None = Field(None, description="Tokens in logprobs read token_id:N.")
     return_token_ids: bool | None = None
     return_prompt_text: bool | None = None
