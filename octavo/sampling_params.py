@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 _STRUCTURED = "structured outputs are not supported by this version of Octavo yet"
-_BEAMS = "beam search is not supported"
+_BEAMS = "beam search has parameters of its own: LLM.beam_search(prompts, BeamSearchParams(beam_width, max_tokens))"
 _ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(
         (

@@ -16,7 +16,7 @@ from octavo.errors import InvalidRequestError
         ("guided_json", "structured outputs are not supported"),
         ("guided_regex", "structured outputs are not supported"),
         ("best_of", "ask for n answers"),
-        ("use_beam_search", "beam search is not supported"),
+        ("use_beam_search", "LLM.beam_search"),
         ("logits_processors", "give them to LLM"),
         ("truncate_prompt_tokens", "cut the prompt"),
         ("max_new_tokens", "it is called max_tokens"),
