@@ -31,11 +31,14 @@ ARCHITECTURES: Mapping[str, str] = {
     "phi3": "Phi3ForCausalLM",
     "phimoe": "PhimoeForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_5_omni_text": "Qwen2ForCausalLM",
     "qwen2_5_vl_text": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen2_vl_text": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_omni_moe_text": "Qwen3MoeForCausalLM",
+    "qwen3_vl_moe_text": "Qwen3MoeForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
@@ -102,6 +105,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_local_experts": 16, "num_experts_per_tok": 2,
     },
     "qwen2": {"max_position_embeddings": 32768, **_QWEN_WINDOW},
+    "qwen2_5_omni_text": {
+        "max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 1e6, "tie_word_embeddings": True,
+        **_QWEN_WINDOW,
+    },
     "qwen2_5_vl_text": _QWEN2_VL,
     "qwen2_moe": {
         "max_position_embeddings": 32768, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
@@ -113,6 +120,14 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": 32768, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
         "moe_intermediate_size": 768, "use_sliding_window": False,
     },
+    "qwen3_omni_moe_text": {
+        "max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 1e6, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+    },
+    "qwen3_vl_moe_text": {
+        "max_position_embeddings": 128000, "num_key_value_heads": 16, "rope_theta": 5e5, "tie_word_embeddings": True,
+        "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "norm_topk_prob": True,
+    },
     "qwen3_vl_text": {"max_position_embeddings": 128000, "head_dim": 128, "rope_theta": 5e5},
     "smollm3": {
         "max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6,
@@ -121,7 +136,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """By model type. A field that is there but null is left so."""
 
-_QWEN_VL = ("qwen2_vl_text", "qwen2_5_vl_text")
+_QWEN_VL = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text")
 _ASKED_WINDOW = ("qwen2", "qwen2_moe", "qwen3", "smollm3", *_QWEN_VL)
 _GRANITE = frozenset({"granite", "granitemoe"})
 READERS: Mapping[str, frozenset[str]] = {
@@ -166,6 +181,10 @@ _FLAT_WRAPPERS = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
 _SHARED_FIELDS = ("bos_token_id", "eos_token_id", "quantization_config", "dtype", "torch_dtype")
 BOTH_WAYS = frozenset({"paligemma"})
 """Multimodal models whose language model would be another one if it were run by itself."""
+_WITHIN = ("thinker_config",)
+"""Fields that hold the config of a multimodal model within that of a larger one."""
+_TEXT_FIELDS = ("text_config", "llm_config", "language_config")
+"""transformers' word, and those of checkpoints with code of their own (InternVL, Ovis; DeepSeek-VL2)."""
 _RENAMED_TYPES = {"gemma3": "gemma3_text"}
 
 
@@ -188,15 +207,19 @@ def own_fields(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
 def language_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     """The fields of the language model in a config.json, and the architecture that wraps it (None for a text model).
 
-    Where the wrapper's config has a ``text_config``, that is the language model's; the few fields that may stand
-    outside (token ids, tying, quantisation, type) are taken from there.
+    Where the wrapper's config has a ``text_config`` or the like, that is the language model's; the few fields that may
+    stand outside (token ids, tying, quantisation, type) are taken from there.
     """
-    text = config.get("text_config")
     names: Any = config.get("architectures")
     wrapper = str(cast("list[Any]", names)[0]) if isinstance(names, list) and names else str(config.get("model_type"))
+    for name in _WITHIN:
+        inside = config.get(name)
+        if isinstance(inside, dict):
+            config = cast("dict[str, Any]", inside)
+    text = next((config[name] for name in _TEXT_FIELDS if isinstance(config.get(name), dict)), None)
     model_type = str(config.get("model_type"))
     is_flat = config.get("hidden_size") is not None and config.get("num_hidden_layers") is not None
-    if isinstance(text, dict) and not is_flat:
+    if text is not None and not is_flat:
         inner = dict(cast("dict[str, Any]", text))
         for name in _SHARED_FIELDS:
             if inner.get(name) is None and config.get(name) is not None:

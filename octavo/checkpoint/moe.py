@@ -169,6 +169,8 @@ _READERS: Mapping[str, Callable[[Fields, int], MoeConfig]] = {
     "phimoe": _phimoe,
     "qwen2_moe": _qwen,
     "qwen3_moe": _qwen,
+    "qwen3_omni_moe_text": _qwen,
+    "qwen3_vl_moe_text": _qwen,
     "olmoe": _olmoe,
     "gpt_oss": _gpt_oss,
     "deepseek_v2": _deepseek_v2,

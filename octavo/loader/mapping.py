@@ -74,7 +74,10 @@ class Placement:
 
     def is_ignored(self, name: str) -> bool:
         """Whether the model skips this name knowingly."""
-        return any(part in name for part in self._map.ignored)
+        if any(part in name for part in self._map.ignored):
+            return True
+        is_others = bool(self._map.own) and not name.startswith(self._map.own)
+        return is_others and self.find(name) is None and self.find_stack(name) is None
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Checkpoint name to shape of everything that the model needs."""

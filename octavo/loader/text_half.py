@@ -1,4 +1,4 @@
-"""The language model's weights in a multimodal checkpoint: other names for its own, and which are not its.
+"""The language model's weights in a multimodal checkpoint: their names there, by which the others are told apart.
 
 Knows the layouts of transformers' classes, today's and those of before; not what the other parts compute.
 """
@@ -11,17 +11,33 @@ from octavo.models.interface import WeightMap
 
 _PREFIXES = (
     ("model.language_model.", "model."),
+    ("language_model.model.encoder.", "model."),  # as transformers saves Qianfan-OCR
+    ("language_model.model.blocks.", "model.layers."),  # and Kimi K2.5
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.text_model.", "model."),
+    ("llm.model.", "model."),
+    ("llm.lm_head.", "lm_head."),
+    ("language.model.", "model."),
+    ("language.lm_head.", "lm_head."),
+    ("thinker.model.", "model."),
+    ("thinker.lm_head.", "lm_head."),
+    ("layers.", "model.layers."),  # Cosmos 3
+    ("embed_tokens.", "model.embed_tokens."),
+    ("norm.", "model.norm."),
 )
-_OTHERS = (
-    "vision_tower.", "vision_model.", "vision_encoder.", "vision_embed_tokens.", "visual.", "image_newline",
-    "multi_modal_projector.", "mm_projector.", "embed_vision.", "audio_tower.", "embed_audio.", "connector.",
-    "aligner.", "vision_projection.", ".projector.", "image_tower.", "video_tower.",
+_RENAMES = (
+    ("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "o_proj"), ("norm_q", "q_norm"),
+    ("norm_k", "k_norm"),
 )  # fmt: skip
+"""Cosmos 3 again: diffusers' words."""
+_BARE = ("model.layers.", "lm_head.")
+"""How the names begin where the language model lies as in a checkpoint of its own."""
 
 
 def text_half(weight_map: WeightMap) -> WeightMap:
     """``weight_map`` for a checkpoint that holds the model as its language model, beside others that are skipped."""
-    return replace(weight_map, prefixes=(*_PREFIXES, *weight_map.prefixes), ignored=(*weight_map.ignored, *_OTHERS))
+    own = (*(theirs for theirs, _ in _PREFIXES), *_BARE)
+    return replace(
+        weight_map, prefixes=(*_PREFIXES, *weight_map.prefixes), renames=(*_RENAMES, *weight_map.renames), own=own
+    )

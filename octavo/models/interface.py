@@ -53,6 +53,9 @@ class WeightMap:
     renames: tuple[tuple[str, str], ...] = ()
     """Checkpoint's and our word for a part of a name between dots: ``("dense", "o_proj")``. An empty word
     of ours drops the part. Before ``shards``."""
+    own: tuple[str, ...] = ()
+    """Where a checkpoint holds more than this model: how names of its own begin. What begins otherwise, and has no
+    parameter, is skipped knowingly. Empty: all names are its own."""
     stacks: tuple[Stack, ...] = ()
     """Tensors that are cut into one for each expert before anything else; theirs are then the names that count."""
 

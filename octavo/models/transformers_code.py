@@ -89,18 +89,20 @@ def _is_computed(config_class: type, name: str) -> bool:
 
 
 def _check_known(config: ModelConfig, model_type: object) -> None:
-    if config.text_half_of is not None:
+    causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
+    if causal_lm is None and config.text_half_of is not None:
         reason = (
-            f"of a multimodal checkpoint the language model runs, but Octavo has none of its own for {model_type!r}"
+            "of a multimodal checkpoint the language model runs, but neither Octavo nor transformers has "
+            f"{model_type!r} by itself"
         )
         raise refusal(config.architecture, [reason])
-    causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
     if causal_lm is None:
         reasons = [f"transformers has no causal LM for model_type {model_type!r}"]
         if config.code is not None:
             reasons.append(_what_code(config.code))
         raise refusal(config.architecture, reasons)
-    if causal_lm != config.architecture:
+    # The text half of a multimodal checkpoint has the wrapper's name.
+    if causal_lm != config.architecture and config.text_half_of is None:
         reason = f"transformers' causal LM for model_type {model_type!r} is {causal_lm}, not this"
         raise refusal(config.architecture, [reason])
 

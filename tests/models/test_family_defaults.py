@@ -99,6 +99,7 @@ OUR_WORDS = frozenset({"llama_4_scaling_beta", "rope_local_base_freq", "sliding_
 """Of older files, or within ``rope_parameters``: transformers' classes have no attribute for them."""
 BEYOND = frozenset(
     {("attn_logit_softcapping", "gemma3_text")}  # read there, and never used
+    | {("sliding_window", "qwen3_vl_moe_text"), ("sliding_window", "qwen3_omni_moe_text")}  # always null there
     | {("hidden_activation", "gemma"), ("max_window_layers", "smollm3")}  # in released files
     | {("attention_multiplier", "deepseek_v2"), ("attention_multiplier", "deepseek_v3")}  # set by ``expand_mla``
 )

@@ -104,8 +104,9 @@ def test_language_model_of_a_multimodal_checkpoint(inside: str, beside: str) -> 
     model = Model()
     fill(Placement(model.slots(), weight_map), ListSource(*items, (beside, torch.ones(5, 5))), "file")
     assert torch.equal(model.done["model.qkv_proj.weight"], torch.cat((Q, K, V)))
+    extra = "model.layers.0.extra.weight".replace("model.", inside, 1)
     with pytest.raises(CheckpointError, match="no such parameter"):
-        fill(Placement(Model().slots(), weight_map), ListSource(*items, ("model.extra.weight", O)), "file")
+        fill(Placement(Model().slots(), weight_map), ListSource(*items, (extra, O)), "file")
 
 
 def test_prefixes_are_renamed() -> None:
