@@ -15,7 +15,7 @@ from typing import Any, cast
 from octavo.checkpoint.code import FIELD, read_code
 from octavo.checkpoint.families import ARCHITECTURES, BOTH_WAYS, DEFAULTS, language_model, own_fields
 from octavo.checkpoint.files import read_json_object
-from octavo.checkpoint.foreign import foreign_defaults, has_unknown_layers
+from octavo.checkpoint.foreign import foreign_defaults, foreign_fields, has_unknown_layers
 from octavo.checkpoint.gguf_config import CONFIG_STRINGS, gguf_to_hf_config
 from octavo.checkpoint.gguf_file import GGUFFile
 from octavo.checkpoint.locate import LocatedModel
@@ -120,10 +120,11 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
     config, wrapper = language_model(config)
     config = expand_mla(config, file)
     model_type = str(config.get("model_type")) if isinstance(config.get("model_type"), str) else ""
-    f = Fields(own_fields(config, model_type), file)
+    is_foreign = model_type not in DEFAULTS
+    f = Fields(foreign_fields(config) if is_foreign else own_fields(config, model_type), file)
     architecture = _architecture(f, model_type)
-    f.is_foreign = model_type not in DEFAULTS
-    f.defaults = foreign_defaults(config) if f.is_foreign else DEFAULTS[model_type]
+    f.is_foreign = is_foreign
+    f.defaults = foreign_defaults(config) if is_foreign else DEFAULTS[model_type]
 
     vocab_size = f.integer("vocab_size", 1, MAX_DIMENSION)
     hidden_size = f.integer("hidden_size", 1, MAX_DIMENSION)
@@ -131,9 +132,9 @@ def _model_config(config: dict[str, Any], generation: dict[str, Any], file: str,
     num_heads = f.integer("num_attention_heads", 1, MAX_DIMENSION)
     head_dim = f.optional_integer("head_dim", 1, MAX_DIMENSION)
     if head_dim is None:
-        if hidden_size % num_heads:
+        if hidden_size % num_heads and not f.is_foreign:  # whoever has such a model knows its heads
             raise f.error("hidden_size", f"is {hidden_size}, not a multiple of num_attention_heads ({num_heads})")
-        head_dim = hidden_size // num_heads
+        head_dim = max(1, hidden_size // num_heads)
     num_kv_heads = f.optional_integer("num_key_value_heads", 1, MAX_DIMENSION) or num_heads
     if num_heads % num_kv_heads:
         raise f.error("num_key_value_heads", f"is {num_kv_heads}, but must divide num_attention_heads ({num_heads})")

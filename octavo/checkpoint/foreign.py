@@ -8,7 +8,7 @@ the model itself is built from config.json as a whole.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model", "dim", "model_dim", "n_embed"),
@@ -32,6 +32,15 @@ _ENCODERS: Mapping[str, Mapping[str, Any]] = {
     "xlm-roberta": _ENCODER,
 }
 """By model type: what the files of encoders leave out means this."""
+
+
+def foreign_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with the largest feed-forward size where layers have several (Gemma 3n)."""
+    stated = config.get("intermediate_size")
+    sizes = cast("list[Any]", stated) if isinstance(stated, list) else []
+    if not sizes or not all(type(size) is int for size in sizes):
+        return dict(config)
+    return {**config, "intermediate_size": max(sizes)}
 
 
 def foreign_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
