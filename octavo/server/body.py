@@ -6,9 +6,10 @@ Sizes and deadlines are the matter of the limits in front (``server/limits.py``)
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
@@ -16,11 +17,15 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from octavo.errors import InvalidRequestError
+from octavo.server.long_body import parse_long_json
 from octavo.server.openai_errors import HTTPRefusal, from_validation
 from octavo.utils.text import shorten
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+INLINE_BYTES = 256 * 1024
+"""A longer body is parsed and checked beside the event loop."""
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -40,19 +45,31 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise HTTPRefusal(
             415, f"the body is compressed ({shorten(encoding, 60)!r}); send it plain", "unsupported_media_type"
         )
-    return parse_json(await request.body())
+    body = await request.body()
+    return await asyncio.to_thread(parse_json, body) if len(body) > INLINE_BYTES else parse_json(body)
+
+
+async def checked_beside(request: Request, check: Callable[[], T]) -> T:
+    """Call ``check`` on what ``read_json`` has read: beside the event loop if that is long."""
+    is_long = len(await request.body()) > INLINE_BYTES
+    return await asyncio.to_thread(check) if is_long else check()
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """A JSON object out of bytes.
+    """A JSON object out of bytes; a long one in slices, see ``long_body.py``.
 
     Raises:
-        InvalidRequestError: It is none.
+        InvalidRequestError: It is none, or has too many values.
     """
+    is_long = len(body) > INLINE_BYTES
     try:
-        value = from_json(body, allow_inf_nan=False, cache_strings="keys")
+        value = parse_long_json(body) if is_long else from_json(body, allow_inf_nan=False, cache_strings="keys")
+    except InvalidRequestError:
+        raise
     except ValueError as error:
-        raise _no_number(body) or _no_json(error) from None
+        if is_long:  # places in it are of another text, and looking for a NaN would hold up everybody
+            raise _no_json(str(error).partition(" at line")[0]) from None
+        raise _no_number(body) or _no_json(str(error)) from None
     if not isinstance(value, dict):
         refusal = InvalidRequestError(f"the body must be a JSON object, but is a {type(value).__name__}")
         refusal.code = "invalid_type"
@@ -60,8 +77,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
-def _no_json(error: ValueError) -> InvalidRequestError:
-    refusal = InvalidRequestError(f"could not parse the JSON body: {shorten(str(error), 200)}")
+def _no_json(reason: str) -> InvalidRequestError:
+    refusal = InvalidRequestError(f"could not parse the JSON body: {shorten(reason, 200)}")
     refusal.code = "invalid_json"
     return refusal
 

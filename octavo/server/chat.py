@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.answers import check_answer, check_outputs, head, json_answer, log_answer
 from octavo.server.beams import beams_of, generation_of
-from octavo.server.body import read_json
+from octavo.server.body import checked_beside, read_json
 from octavo.server.chat_prompt import chat_options, last_text, render
 from octavo.server.generation import (
     Generation,
@@ -108,7 +109,8 @@ async def _prepare(service: Service, request: Request, body: dict[str, Any]) -> 
         OctavoError: The request cannot be honoured, or not now.
     """
     engine = service.need_engine
-    fields, model = check_generation(service, body, CHAT, ChatRequest)
+    check = functools.partial(check_generation, service, body, CHAT, ChatRequest)
+    fields, model = await checked_beside(request, check)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise InvalidRequestError("top_logprobs is given, but logprobs is not true", param="top_logprobs")
     most = engine.ready.config.frontend.max_logprobs

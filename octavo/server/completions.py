@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from octavo.outputs import CompletionOutput, PromptLogprobs, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.answers import check_answer, check_outputs, head, json_answer, log_answer
 from octavo.server.beams import beams_of, generation_of
-from octavo.server.body import read_json
+from octavo.server.body import checked_beside, read_json
 from octavo.server.generation import (
     Generation,
     base_request_id,
@@ -99,7 +100,8 @@ async def _prepare(service: Service, request: Request, body: dict[str, Any]) -> 
         OctavoError: The request cannot be honoured, or not now.
     """
     _ = service.need_engine
-    fields, model = check_generation(service, body, COMPLETIONS, CompletionRequest)
+    check = functools.partial(check_generation, service, body, COMPLETIONS, CompletionRequest)
+    fields, model = await checked_beside(request, check)
     _check_fields(fields)
     limit = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
     beams = beams_of(service, fields, limit)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import sys
 import time
 from array import array
@@ -23,7 +24,7 @@ from octavo.errors import InvalidRequestError
 from octavo.pooling_outputs import PoolingRequestOutput
 from octavo.pooling_params import PoolingParams
 from octavo.server.answers import AnswerFailedError, json_answer
-from octavo.server.body import check_body, read_json
+from octavo.server.body import check_body, checked_beside, read_json
 from octavo.server.deadline import Deadline
 from octavo.server.generation import CHARS_PER_TOKEN_GUESS, base_request_id, check_priority, tenant_of
 from octavo.server.models import check_model
@@ -191,7 +192,7 @@ async def _begin(service: Service, request: Request, model: type[Any], prefix: s
     _ = service.need_engine
     body = await read_json(request)
     refuse_unsupported(body, POOLING)
-    fields = check_body(model, body)
+    fields = await checked_beside(request, functools.partial(check_body, model, body))
     call = PoolingCall(
         service=service,
         model=check_model(service, fields.model),

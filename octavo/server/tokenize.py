@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import InvalidRequestError
 from octavo.server.answers import json_answer
-from octavo.server.body import check_body, read_json
+from octavo.server.body import check_body, checked_beside, read_json
 from octavo.server.chat_prompt import INLINE_CHARS, chat_options
 from octavo.server.models import check_model
 from octavo.server.openapi import json_route
@@ -59,7 +61,8 @@ def make_router(service: Service) -> APIRouter:
     @router.post("/detokenize", **json_route(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        fields = check_body(DetokenizeRequest, await read_json(request))
+        body = await read_json(request)
+        fields = await checked_beside(request, functools.partial(check_body, DetokenizeRequest, body))
         check_model(service, fields.model)
         engine = service.need_engine
         size = max(len(engine.tokenizer), engine.ready.config.model.vocab_size)
