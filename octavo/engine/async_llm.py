@@ -35,6 +35,8 @@ from octavo.sampling_params import RequestOutputKind, SamplingParams
 logger = logging.getLogger(__name__)
 LONG_PROMPT_CHARS = 4096
 """A longer prompt is tokenized in a thread, so that it does not hold up the event loop."""
+PROMPTS_AT_A_TIME = 16
+"""Of a request with many prompts, how many are checked before others get their turn."""
 PUMP_SLICE_S = 1.0
 BEHIND_S = 0.02
 """How long outputs are left unread at most for an event loop that has not told its readers of those before."""
@@ -172,10 +174,11 @@ class AsyncLLM:
             EngineDeadError: The engine has ended.
         """
         options = {"priority": priority, "tenant": tenant, "lora_request": lora_request}
-        requests = [
-            await self._process(request_id, prompt, sampling_params, options)
-            for request_id, prompt in zip(request_ids, prompts, strict=True)
-        ]
+        requests: list[ProcessedRequest] = []
+        for request_id, prompt in zip(request_ids, prompts, strict=True):
+            requests.append(await self._process(request_id, prompt, sampling_params, options))
+            if len(requests) % PROMPTS_AT_A_TIME == 0:
+                await asyncio.sleep(0)  # others want the loop, too
         is_delta = requests[0].params.output_kind is RequestOutputKind.DELTA
         stream = OutputStream[RequestOutput](request_ids, self._mailroom(), self._drop, is_delta=is_delta)
         self._submit(requests, stream)
