@@ -24,7 +24,7 @@ MAX_SHORT = 300_000
 """Of a body with more short lists than this, no long ones are looked for behind them."""
 MARK_DIGITS = 31
 MAX_SEPARATORS = 2_000_000
-MAX_COLONS = 400_000
+MAX_COLONS = 300_000
 """Of what is left: a key of an object costs ten times what a number does."""
 _NUMBERS = b"0123456789+-.eE, \t\r\n"
 _KEYS = _NUMBERS + b'":'

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import InvalidRequestError
+from octavo.frontend.text_stream import decode_whole
 from octavo.server.answers import json_answer
 from octavo.server.body import check_body, checked_beside, read_json
 from octavo.server.chat_prompt import INLINE_CHARS, chat_options
@@ -18,6 +19,8 @@ from octavo.server.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from octavo.server.service import Service
 from octavo.server.unsupported import SHARED_TOKENS, refuse_unsupported
 
+INLINE_IDS = 16_384
+"""More are decoded one by one."""
 MAX_CHARS = 4 << 20
 """Longest text that is tokenized here: a megabyte takes the best part of a second and some hundred megabytes."""
 
@@ -73,7 +76,11 @@ def make_router(service: Service) -> APIRouter:
             )
 
         def run() -> Response:
-            return json_answer({"prompt": engine.tokenizer.decode(fields.tokens)})
+            ids, tokenizer = fields.tokens, engine.tokenizer
+            if len(ids) <= INLINE_IDS:
+                return json_answer({"prompt": tokenizer.decode(ids)})
+            # In one go it would hold up all threads, half a second for a million ids.
+            return json_answer({"prompt": decode_whole(tokenizer.stream(skip_special_tokens=False), ids)})
 
         return await service.in_thread(run) if len(fields.tokens) > INLINE_CHARS else run()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import ssl
 import subprocess
 import threading
@@ -19,6 +20,7 @@ from octavo.config.env import read_environment
 from octavo.config.flags import engine_args_from
 from octavo.config.server import ServerConfig
 from octavo.errors import ConfigError
+from octavo.server import tokenize
 from octavo.server.app import build_app, describe_routes, make_routes
 from octavo.server.listen import address_of, bind, check_tls, web_config
 from octavo.server.service import Service
@@ -51,6 +53,12 @@ def test_tokens_there_and_back(client: httpx.Client) -> None:
     for wrong in ({}, {"prompt": "a", "messages": messages}, {"prompt": "a", "tools": []}):
         assert client.post("/tokenize", json=wrong).status_code == 400
     assert client.post("/detokenize", json={"tokens": [10**6]}).json()["error"]["param"] == "tokens[0]"
+
+
+def test_many_tokens_are_the_same_text(server: Server, client: httpx.Client) -> None:
+    ids = random.Random(0).choices(range(49152), k=tokenize.INLINE_IDS + 1)
+    text = client.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+    assert text == server.service.need_engine.tokenizer.decode(ids)
 
 
 def test_version(client: httpx.Client) -> None:

@@ -30,7 +30,7 @@ class DetokenizeRequest(RequestModel):
     """Token ids to become a text."""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=1 << 24, fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(max_length=1 << 21, fail_fast=True)]
 
 
 class AbortRequest(RequestModel):
