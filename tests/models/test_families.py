@@ -6,6 +6,7 @@ mask or window is wrong, or keys that a window still needs are dropped (prompts 
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,12 @@ import torch
 from transformers import PreTrainedModel
 
 from octavo import LLM, SamplingParams
+from octavo.checkpoint.config_reader import read_model_config
+from octavo.checkpoint.locate import locate_model
+from octavo.config.sections import LoadConfig
+from octavo.loader.load import load_weights
 from tests.models.families import PAGE, VARIANTS, Variant, make_reference, page_with_table
+from tests.models.harness import PagedModel
 
 TOLERANCE = 1e-4
 NUM_TOKENS = 32
@@ -88,6 +94,23 @@ def test_greedy_tokens_of_a_batch_and_from_cached_prefixes(pair: Pair) -> None:
         assert tokens == best[len(prompt) - 1 : -1].tolist()
         assert tokens == list(other.outputs[0].token_ids)
     pair.llm._frontend.client.call("check_books")
+
+
+def test_phimoe_beyond_its_first_length(tmp_path: Path) -> None:
+    """transformers takes the short factors there, the model's own code the long ones: here both have the long ones."""
+    rope = dict(VARIANTS["phimoe-short"].options["rope_parameters"])
+    both_long = rope | {"short_factor": rope["long_factor"], "short_mscale": rope["long_mscale"]}
+    reference = make_reference("phimoe-short", rope_parameters=both_long)
+    reference.save_pretrained(tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stated, "rope_parameters": rope}))
+    config = read_model_config(locate_model(str(tmp_path)))
+    paged = PagedModel(config)
+    load_weights(paged.model, LoadConfig(str(tmp_path), str(tmp_path), "safetensors", None, 0), config)
+    prompt = [3 + (7 * index) % 70 for index in range(100)]
+    with torch.inference_mode():
+        expected = reference(input_ids=torch.tensor([prompt])).logits[0]
+    assert (paged.feed(0, prompt, 23) - expected).abs().max() <= TOLERANCE
 
 
 def test_the_page_has_the_present_table() -> None:

@@ -1,4 +1,4 @@
-"""Where text is cut before bytes are merged. Red when a piece begins or ends elsewhere than in the model's tokenizer."""
+"""Where text is cut before bytes are merged. Red when a piece ends elsewhere than in the model's tokenizer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TEXT = "Hello WORLD's 1234 \u4f60\u597dabc, na\u00efve\r\n  x  "
         ),
         (
             "deepseek-coder",
-            ["Hello", " WORLD", "'", "s", " ", "1", "2", "3", "4", " ", "\u4f60\u597d", "abc", ",", " na\u00efve", "\r", "\n",
-             " ", " x", "  "],
+            ["Hello", " WORLD", "'", "s", " ", "1", "2", "3", "4", " ", "\u4f60\u597d", "abc", ",", " na\u00efve", "\r",
+             "\n", " ", " x", "  "],
         ),
         (
             "kimi-k2",
