@@ -30,9 +30,10 @@ ARCHITECTURES = {
     "phimoe": MODEL_ARCH.PHIMOE, "deepseek_v2": MODEL_ARCH.DEEPSEEK2, "deepseek_v3": MODEL_ARCH.DEEPSEEK2,
     "granitemoe": MODEL_ARCH.GRANITE_MOE, "gpt_oss": MODEL_ARCH.GPT_OSS,
     "gemma": MODEL_ARCH.GEMMA, "gemma2": MODEL_ARCH.GEMMA2, "gemma3_text": MODEL_ARCH.GEMMA3, "bert": MODEL_ARCH.BERT,
-    "modernbert": MODEL_ARCH.MODERN_BERT,
+    "modernbert": MODEL_ARCH.MODERN_BERT, "xlm-roberta": MODEL_ARCH.BERT,
 }  # fmt: skip
 PERMUTED = frozenset({"llama", "mistral", "mixtral", "smollm3", "granite", "granitemoe"})
+ENCODERS = frozenset({"bert", "xlm-roberta"})
 LATENT = frozenset({"deepseek_v2", "deepseek_v3"})
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.(.*)\.experts\.(\d+)\.(\w+)\.weight")
 _STACKS = {
@@ -80,8 +81,10 @@ def _tensors(folder: Path, kind: str, config: Any, is_old: bool) -> Iterator[tup
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state.items():
         is_tied = name == "lm_head.weight" and config.tie_word_embeddings
-        if is_tied or (kind == "bert" and ("pooler." in name or "position_ids" in name)):
+        if is_tied or (kind in ENCODERS and ("pooler." in name or "position_ids" in name)):
             continue
+        if kind == "xlm-roberta" and "position_embeddings" in name:
+            tensor = tensor[config.pad_token_id + 1 :]  # those before are never used
         expert = _EXPERT.fullmatch(name)
         if expert:
             layer, _, index, word = expert.groups()
@@ -273,6 +276,9 @@ _FAMILY: dict[str, Callable[[Any], dict[str, Any]]] = {
     },
     "gemma3_text": lambda c: {"attention.sliding_window": c.sliding_window},
     "bert": _bert,
+    "xlm-roberta": lambda c: {
+        **_bert(c), "pooling_type": 2, "context_length": c.max_position_embeddings - c.pad_token_id - 1,
+    },
     "modernbert": _modern_bert,
 }  # fmt: skip
 
