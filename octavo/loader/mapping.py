@@ -6,7 +6,7 @@ Knows names and shapes only: not file formats (the sources), not storage or repa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -184,6 +184,17 @@ def _place(placement: Placement, name: str, piece: Tensor | RowSlice, origin: st
     return tensor.nbytes
 
 
+def _as_it_lies(placement: Placement, stack: Stack, name: str, tensor: Tensor) -> Stack:
+    """``stack`` with the order of dimensions that the tensor shows: some families were published in another than the
+    one in which their checkpoints are saved today (Qwen3-VL-MoE). Squares lie as ``stack`` says."""
+    place = placement.find(stack_part(stack, name, 0, 0))
+    if place is None or len(place.shape) != 2 or tensor.dim() != 3:
+        return stack
+    rows, columns = len(stack.targets) * place.shape[0], place.shape[1]
+    orders = {(rows, columns): False, (columns, rows): True} if rows != columns else {}
+    return replace(stack, is_transposed=orders.get(tuple(tensor.shape[1:]), stack.is_transposed))
+
+
 def _place_stack(
     placement: Placement, stack: Stack, name: str, piece: Tensor | RowSlice, origin: str, device: Device | None
 ) -> int:
@@ -195,6 +206,7 @@ def _place_stack(
         stack_part(stack, name, count, 0)
     ):
         raise CheckpointError(origin, f"holds {count} experts, but the model's config has another number", tensor=name)
+    stack = _as_it_lies(placement, stack, name, tensor)
     if device is not None and tensor.device != device.torch_device:
         tensor = device.upload(tensor)
     num_bytes = 0

@@ -115,6 +115,13 @@ ELSEWHERE: Mapping[str, str] = {
 torch.set_num_threads(1)
 
 
+def load(folder: Path) -> PagedModel:
+    config = read_model_config(locate_model(str(folder)))
+    paged = PagedModel(config)
+    load_weights(paged.model, LoadConfig(str(folder), str(folder), "safetensors", None, 0), config)
+    return paged
+
+
 @pytest.mark.parametrize("model_type", sorted({**OWN, **FOREIGN}))
 def test_logits_are_those_of_the_whole_model(model_type: str, tmp_path: Path) -> None:
     if model_type not in CLASSES:
@@ -125,12 +132,25 @@ def test_logits_are_those_of_the_whole_model(model_type: str, tmp_path: Path) ->
     prompt = [3 + (7 * index) % 250 for index in range(40)]
     with torch.inference_mode():
         expected = reference(input_ids=torch.tensor([prompt])).logits[0]
-    config = read_model_config(locate_model(str(folder)))
-    assert config.text_half_of == CLASSES[model_type]
-    paged = PagedModel(config)
-    load_weights(paged.model, LoadConfig(str(folder), str(folder), "safetensors", None, 0), config)
+    assert read_model_config(locate_model(str(folder))).text_half_of == CLASSES[model_type]
+    paged = load(folder)
     assert isinstance(paged.model, TransformersForCausalLM) == (model_type in FOREIGN)
     assert (paged.feed(0, prompt, 17) - expected).abs().max() <= 1e-4
+
+
+def test_experts_as_they_were_published(tmp_path: Path) -> None:
+    """Qwen3-VL-MoE's stacks came with columns first; transformers takes either order, too."""
+    folder = tmp_path / "model"
+    reference = make_multimodal("qwen3_vl_moe", {}, folder)
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    turned = {name: each.transpose(1, 2).contiguous() for name, each in tensors.items() if ".experts." in name}
+    assert len(turned) == 6
+    safetensors.torch.save_file(tensors | turned, file)
+    prompt = list(range(3, 40))
+    with torch.inference_mode():
+        expected = reference(input_ids=torch.tensor([prompt])).logits[0]
+    assert (load(folder).feed(0, prompt, 17) - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("outer", ["qwen2_5_omni", "qwen3_omni_moe"])
@@ -146,10 +166,8 @@ def test_a_model_within_a_larger_one(outer: str, tmp_path: Path) -> None:
     }
     tensors["talker.model.layers.0.input_layernorm.weight"] = torch.zeros(1)
     safetensors.torch.save_file(tensors, inner / "model.safetensors")
-    config = read_model_config(locate_model(str(inner)))
-    assert config.text_half_of == "OmniModel"
-    paged = PagedModel(config)
-    load_weights(paged.model, LoadConfig(str(inner), str(inner), "safetensors", None, 0), config)
+    assert read_model_config(locate_model(str(inner))).text_half_of == "OmniModel"
+    load(inner)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +184,10 @@ def test_checkpoints_of_code_that_transformers_does_not_have(field: str, prefix:
     file = tmp_path / "model.safetensors"
     tensors = {prefix + name: value for name, value in safetensors.torch.load_file(file).items()}
     safetensors.torch.save_file({**tensors, "mlp1.0.weight": torch.zeros(1)}, file)
-    config = read_model_config(locate_model(str(tmp_path)))
-    paged = PagedModel(config)
-    load_weights(paged.model, LoadConfig(str(tmp_path), str(tmp_path), "safetensors", None, 0), config)
     prompt = list(range(3, 40))
     with torch.inference_mode():
         expected = reference(input_ids=torch.tensor([prompt])).logits[0]
-    assert (paged.feed(0, prompt, 17) - expected).abs().max() <= 1e-4
+    assert (load(tmp_path).feed(0, prompt, 17) - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("model_type", sorted(REFUSED))
