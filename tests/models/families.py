@@ -266,6 +266,14 @@ VARIANTS: dict[str, Variant] = {
         {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16,
          "decoder_sparse_step": 2, "norm_topk_prob": False},
     ),
+    "qwen3-vl-moe-text": Variant(
+        "Qwen-MoE", "Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeTextConfig",
+        "text half of a multimodal checkpoint", "Qwen3-VL-30B-A3B and -235B-A22B",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2],
+                             "mrope_interleaved": True}},
+        wrap={"vision_config": {**_TINY_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}},
+    ),
     "olmoe": Variant(
         "OLMo", "OlmoeForCausalLM", "OlmoeConfig", "experts, norms over all heads", "OLMoE 1B-7B",
         {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 6},
