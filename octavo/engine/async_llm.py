@@ -11,12 +11,14 @@ import asyncio
 import atexit
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, cast
 
 from octavo.config.args import EngineArgs
+from octavo.engine.client import InProcessClient, join_steps
 from octavo.engine.frontend import AnyOutput, Frontend, start_frontend
 from octavo.engine.output_stream import Mail, Mailroom, Out, OutputStream
 from octavo.errors import EngineDeadError, OctavoError
@@ -24,7 +26,7 @@ from octavo.frontend.chat_template import ChatOptions
 from octavo.frontend.input_processor import ProcessedRequest, Prompt, TokensPrompt
 from octavo.frontend.pooling_processor import ProcessedPooling
 from octavo.frontend.tokenizer import Tokenizer
-from octavo.messages import EngineReady, RequestTimeline
+from octavo.messages import EngineCoreOutputs, EngineReady, RequestTimeline
 from octavo.observability.metrics import Metric
 from octavo.observability.request_stats import RequestStats
 from octavo.outputs import RequestOutput
@@ -39,7 +41,8 @@ PROMPTS_AT_A_TIME = 16
 """Of a request with many prompts, how many are checked before others get their turn."""
 PUMP_SLICE_S = 1.0
 BEHIND_S = 0.02
-"""How long outputs are left unread at most for an event loop that has not told its readers of those before."""
+"""How long outputs wait at most for an event loop that has not told its readers of those before, and how long it rests
+at most when it has."""
 
 
 class AsyncLLM:
@@ -362,14 +365,16 @@ class AsyncLLM:
 
     def _pump(self) -> None:
         """Body of the thread: outputs to streams, until the end."""
+        begun_s = 0.0
         try:
             while not self._is_stopping:
-                for room in self._all_mailrooms():
-                    room.wait_until_told(BEHIND_S)
                 received = self._frontend.client.recv(PUMP_SLICE_S)
                 if received is None:
                     self._frontend.rest()
                     continue
+                if self._give_way(begun_s):
+                    received = join_steps([received, *self._more()])
+                begun_s = time.monotonic()
                 with self._lock:
                     outputs, refusals = self._frontend.take(received)
                     self._deliver(outputs)
@@ -378,6 +383,37 @@ class AsyncLLM:
             if not isinstance(error, OctavoError):
                 logger.exception("the output thread failed")
             self._fail(error)
+
+    def _give_way(self, begun_s: float) -> bool:
+        """Let the event loops finish with the outputs before these, and then rest for as long as that took.
+
+        A process that is behind would work all the time and write every token of every stream by itself. So it gets
+        half of the time at most, and what comes meanwhile is shown together, which costs a fraction for each token.
+        One that is not behind waits for nothing.
+
+        Args:
+            begun_s: When work on those before was begun.
+
+        Returns:
+            Whether there was anything to wait for.
+        """
+        rooms = self._all_mailrooms()
+        for room in rooms:
+            room.wait_until_told(BEHIND_S)
+        told_s = max((room.told_s for room in rooms), default=0.0)
+        rest_s = told_s + min(told_s - begun_s, BEHIND_S) - time.monotonic()
+        if rest_s <= 0 or isinstance(self._frontend.client, InProcessClient):  # where nothing comes meanwhile
+            return False
+        time.sleep(rest_s)
+        return True
+
+    def _more(self) -> list[EngineCoreOutputs]:
+        """What else has come by now."""
+        try:
+            received = self._frontend.client.recv(0.0)
+        except EngineDeadError:
+            return []  # it will be said again
+        return [] if received is None else [received]
 
     def _deliver(self, outputs: Sequence[AnyOutput]) -> None:
         """Hand each output to its stream. The lock is held."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -148,11 +149,12 @@ class OutputStream(Generic[Out]):
                 sink.failed(error)
 
     def _take(self) -> list[Out]:
-        waiting, self._waiting = self._waiting, {}
-        for output in waiting.values():
+        outputs = list(self._waiting.values())
+        self._waiting.clear()
+        for output in outputs:
             if output.finished:
                 self.num_open -= 1
-        return list(waiting.values())
+        return outputs
 
 
 Mail = tuple[OutputStream[Any], AnyOutput | BaseException]
@@ -170,6 +172,8 @@ class Mailroom:
         self.loop = loop
         self._lock = threading.Lock()
         self._taken = threading.Condition(self._lock)
+        self.told_s = 0.0
+        """``time.monotonic()`` when last all readers had been told of all that was posted."""
         self._is_awaited = False
         self._mail: list[Mail] = []
         self._untold: deque[OutputStream[Any]] = deque()
@@ -189,9 +193,6 @@ class Mailroom:
 
     def wait_until_told(self, timeout_s: float) -> None:
         """Wait, in another thread, until all readers have been told of what was posted.
-
-        Outputs that are not even looked at meanwhile are taken together afterwards, which costs a token less than
-        joining them one by one.
 
         Args:
             timeout_s: At most so long.
@@ -219,6 +220,7 @@ class Mailroom:
             if self._untold:
                 self.loop.call_soon(self._tell)
             else:
+                self.told_s = time.monotonic()
                 with self._taken:  # not before: who waits looks under the lock whether this has happened
                     if self._is_awaited and not self._mail:
                         self._taken.notify_all()

@@ -8,7 +8,7 @@ fired. Text is made in ``detokenizer.py``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -370,7 +370,7 @@ class OutputProcessor:
         answers = self._answers
         touched: list[_Request] = []
         abort_ids: list[str] = []
-        gaps: dict[tuple[float, int], int] = {}  # when the token before came, how many came now: of how many answers
+        gaps: dict[float, int] = {}  # seconds from the token before, to how many took so long
         for output in outputs:
             answer = answers.get(output.request_id)
             if answer is None:
@@ -383,10 +383,11 @@ class OutputProcessor:
                 output.num_cached_tokens != request.num_cached_tokens or output.prompt_logprobs is not None
             ):
                 request.note_prompt(output)
-            if output.new_token_ids:
-                gap = answer.last_token_s, len(output.new_token_ids)
-                gaps[gap] = gaps.get(gap, 0) + 1
-                if not answer.last_token_s:
+            if num_new := len(output.new_token_ids):
+                if last_s := answer.last_token_s:
+                    gap_s = (now_s - last_s) / num_new  # of those that came together each took its share
+                    gaps[gap_s] = gaps.get(gap_s, 0) + num_new
+                else:
                     self._note_first_token(request.stats, now_s)
                 answer.last_token_s = request.stats.last_token_ts = now_s
             if answer.apply(output):
@@ -394,7 +395,9 @@ class OutputProcessor:
             if answer.finish_reason is not None:
                 del answers[output.request_id]
                 request.num_unfinished -= 1
-        self._note_gaps(gaps, now_s)
+        if self._observer is not None:
+            for gap_s, count in gaps.items():
+                self._observer.later_tokens(gap_s, count)
         return ProcessedOutputs(self._shown(touched), abort_ids)
 
     def _shown(self, touched: Sequence[_Request]) -> list[RequestOutput]:
@@ -416,10 +419,3 @@ class OutputProcessor:
             stats.first_token_latency = time.time() - stats.arrival_time
             if self._observer is not None:
                 self._observer.first_token(stats.first_token_latency)
-
-    def _note_gaps(self, gaps: Mapping[tuple[float, int], int], now_s: float) -> None:
-        """Count how long tokens came after the one before them. Of those that came together each took its share."""
-        if self._observer is not None:
-            for (last_s, num_tokens), num_answers in gaps.items():
-                if last_s:
-                    self._observer.later_tokens((now_s - last_s) / num_tokens, num_answers * num_tokens)

@@ -70,10 +70,10 @@ def _utf8_decoder() -> codecs.IncrementalDecoder:
 class _PieceStream:
     """A stream over a table of pieces: ``str`` for whole text, ``bytes`` for what may be a part of a character."""
 
-    __slots__ = ("_pieces", "_strip", "_utf8", "_pending", "_carried")
+    __slots__ = ("_piece", "_strip", "_utf8", "_pending", "_carried")
 
     def __init__(self, pieces: _Pieces, prompt_tail: Sequence[int], *, strip: bool) -> None:
-        self._pieces = pieces
+        self._piece = pieces.__getitem__
         self._strip = False
         self._utf8 = _utf8_decoder()
         self._pending = False
@@ -84,14 +84,13 @@ class _PieceStream:
         self._strip = strip and all(token_id in pieces.skip for token_id in prompt_tail)
 
     def push(self, token_ids: Sequence[int]) -> str:
-        pieces = [self._pieces[token_id] for token_id in token_ids]
-        if not (self._pending or self._strip):
-            try:
-                # Nearly always; else it raises.
-                return "".join(pieces)  # pyright: ignore[reportCallIssue, reportArgumentType, reportUnknownVariableType]
-            except TypeError:  # there is a part of a character
-                pass
-        return "".join(map(self._add, pieces))
+        text = ""
+        for token_id in token_ids:
+            piece = self._piece(token_id)
+            if self._pending or self._strip or not isinstance(piece, str):
+                piece = self._add(piece)
+            text += piece
+        return text
 
     def _add(self, piece: str | bytes) -> str:
         """Text that one piece completes."""

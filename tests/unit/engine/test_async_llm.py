@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from octavo.engine.async_llm import AsyncLLM
-from octavo.engine.frontend import start_frontend
+from octavo.engine.frontend import Frontend, start_frontend
 from octavo.errors import ContextLengthError, EngineDeadError, InvalidRequestError
-from octavo.messages import EngineSnapshot
+from octavo.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, EngineSnapshot
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
-from tests.unit.engine.fakes import CRASH, REFUSE, FakeArgs
+from tests.unit.engine.fakes import CRASH, READY, REFUSE, FakeArgs
 
 ROOT = Path(__file__).resolve().parents[3]
 RunWith = Callable[[Callable[[AsyncLLM], Coroutine[Any, Any, None]]], None]
@@ -176,6 +180,74 @@ def test_shutdown_tells_the_readers(run_with: RunWith) -> None:
             await collect(engine, [1])
 
     run_with(work)
+
+
+class EndlessEngine:
+    """An engine that always has another token for every request."""
+
+    ready = READY
+
+    def __init__(self) -> None:
+        self.request_ids: list[str] = []
+        self.num_steps = 0
+        self.has_work = threading.Event()
+
+    def submit(self, requests: list[EngineCoreRequest]) -> None:
+        self.request_ids += [request.request_id for request in requests]
+        self.has_work.set()
+
+    def abort(self, request_ids: list[str], *, only_if_waiting: bool = False) -> None:
+        self.has_work.clear()
+
+    def recv(self, timeout_s: float | None) -> EngineCoreOutputs | None:
+        if not self.has_work.wait(timeout_s):
+            return None
+        self.num_steps += 1
+        return EngineCoreOutputs([EngineCoreOutput(each, [self.num_steps - 1]) for each in self.request_ids])
+
+    def call(self, method: str, *args: Any) -> Any:
+        raise AssertionError(method)
+
+    def close(self) -> None: ...
+
+
+def test_a_process_that_is_behind_rests_and_shows_several_tokens_at_once() -> None:
+    """Red when it writes each token by itself although it has time for nothing else, or loses one as it joins them."""
+
+    class Laborious:
+        """A reader that needs five milliseconds for whatever it is told."""
+
+        def __init__(self) -> None:
+            self.calls: list[tuple[float, float]] = []
+            self.pieces: list[list[int]] = []
+            self.has_enough = asyncio.Event()
+
+        def outputs_came(self, outputs: Sequence[RequestOutput]) -> None:
+            begun_s = time.monotonic()
+            self.pieces.append(outputs[0].outputs[0].token_ids)
+            time.sleep(0.005)
+            self.calls.append((begun_s, time.monotonic()))
+            if len(self.calls) == 20:
+                self.has_enough.set()
+
+        def failed(self, error: BaseException) -> None:
+            raise AssertionError(error)
+
+    async def main() -> None:
+        async with AsyncLLM(Frontend(EndlessEngine(), None)) as engine:
+            reader = Laborious()
+            stream = await engine.open_stream([[1]], params(10**5), ["a"])
+            stream.attach(reader, is_paused=False)
+            await reader.has_enough.wait()
+            stream.close()
+        tokens = [token_id for piece in reader.pieces for token_id in piece]
+        assert tokens == list(range(len(tokens)))
+        # The median, for a machine that is busy with other things may be too late for a rest.
+        assert statistics.median(map(len, reader.pieces)) > 1
+        rests = [(next_s - told_s) / (told_s - begun_s) for (begun_s, told_s), (next_s, _) in pairwise(reader.calls)]
+        assert statistics.median(rests) > 0.5
+
+    asyncio.run(main())
 
 
 def test_a_loop_that_was_closed_leaves_nothing_running() -> None:
