@@ -139,7 +139,9 @@ def _deepseek2(header: GGUFHeader, config: dict[str, Any]) -> None:
     """DeepSeek-V2; with sigmoid scores it is V3."""
     if header.get("attention.temperature_scale") is not None:
         raise header.error(f"{header.prefix}.attention.temperature_scale is set, which is not supported")
-    is_v3 = header.get("expert_gating_func") == _SIGMOID
+    # A correction of the choice goes with sigmoid scores; some files have nothing else that tells.
+    corrects = any(name.endswith(".exp_probs_b.bias") for name in header.gguf.tensors)
+    is_v3 = header.get("expert_gating_func", _SIGMOID if corrects else 0) == _SIGMOID
     if is_v3:
         config["architectures"], config["model_type"] = ["DeepseekV3ForCausalLM"], "deepseek_v3"
     head_dim, rotary_dim = config.pop("head_dim"), header.integer("rope.dimension_count")

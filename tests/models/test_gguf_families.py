@@ -135,13 +135,23 @@ def test_text_halves_have_names_of_their_own(name: str, arch: MODEL_ARCH, more: 
     _check_alike(folder, path)
 
 
-@pytest.mark.parametrize(("experts", "groups"), [(8, (1, 1)), (160, (8, 3))])
-def test_deepseek_as_it_was_converted_before(experts: int, groups: tuple[int, int], tmp_path: Path) -> None:
-    """Groups of experts follow from their number, where the header says nothing."""
+@pytest.mark.parametrize(
+    ("name", "experts", "groups"),
+    [
+        ("deepseek-v2", 8, (1, 1)),
+        ("deepseek-v2", 160, (8, 3)),
+        ("deepseek-v3", 8, (1, 1)),
+        ("deepseek-v3", 256, (8, 4)),
+    ],
+)
+def test_deepseek_as_it_was_converted_before(name: str, experts: int, groups: tuple[int, int], tmp_path: Path) -> None:
+    """Groups follow from the number of experts, and the router from its tensors, where the header says nothing."""
     folder, path = tmp_path / "hf", tmp_path / "m.gguf"
-    options = {"n_routed_experts": experts, "moe_intermediate_size": 8, "n_group": groups[0], "topk_group": groups[1]}
-    reference = make_reference("deepseek-v2", topk_method="greedy" if groups == (1, 1) else "group_limited_greedy",
-                               **options)  # fmt: skip
+    options: dict[str, Any] = {"n_routed_experts": experts, "moe_intermediate_size": 8}
+    options |= {"n_group": groups[0], "topk_group": groups[1]}
+    if name == "deepseek-v2":
+        options["topk_method"] = "greedy" if groups == (1, 1) else "group_limited_greedy"
+    reference = make_reference(name, **options)
     reference.save_pretrained(folder)
     write_hf_gguf(reference, folder, path, is_old=True)
     _check_alike(folder, path)
