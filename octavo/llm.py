@@ -379,6 +379,20 @@ class LLM:
         with self._lock:
             return self._frontend.client.call("reset_prefix_cache")
 
+    def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Begin to record the engine's work with torch's profiler; needs ``torch_profiler_dir``.
+
+        Raises:
+            InvalidRequestError: No folder was set, or a recording runs.
+        """
+        with self._lock:
+            self._frontend.client.call("start_profile", profile_prefix)
+
+    def stop_profile(self) -> str:
+        """End the recording; the file that it is in, for chrome://tracing or Perfetto."""
+        with self._lock:
+            return self._frontend.client.call("stop_profile")
+
     def close(self) -> None:
         """End the engine and free its memory. May be called twice."""
         self._frontend.client.close()

@@ -207,6 +207,10 @@ class EngineArgs:
         "Do not log throughput while working. Default: logged by the server, not by generate, chat and LLM.",
         optional=True,
     )  # fmt: skip
+    torch_profiler_dir: str | None = setting(
+        None, "text", COMPUTE, "Folder for recordings of torch's profiler, which start_profile and stop_profile make.",
+        optional=True,
+    )  # fmt: skip
 
     chat_template: str | None = setting(
         None, "path_or_text", FRONTEND, "A Jinja chat template, or a file with one. Default: the model's own.",

@@ -27,6 +27,7 @@ VARIABLES: Mapping[str, Setting] = {
     "LOG_STATS_INTERVAL": Setting("number", "Seconds between two lines of statistics.", "", low=0, above_low=True),
     "ATTENTION_BACKEND": Setting("text", "As --attention-backend.", ""),
     "ALLOW_LONG_MAX_MODEL_LEN": Setting("count", "1: as --allow-long-max-model-len.", "", low=0, high=1),
+    "TORCH_PROFILER_DIR": Setting("text", "As --torch-profiler-dir.", ""),
     "API_KEY": Setting("text", "A key that the server asks for; as --api-key.", ""),
     "ADMIN_API_KEY": Setting("text", "A key for the server's administrators; as --admin-api-key.", ""),
     "CPU_KVCACHE_SPACE": Setting(
@@ -54,6 +55,7 @@ class Environment:
     attention_backend: str | None = None
     allow_long_max_model_len: bool = False
     cpu_kv_cache_bytes: int | None = None
+    torch_profiler_dir: str | None = None
     api_key: str | None = None
     admin_api_key: str | None = None
     notes: tuple[str, ...] = ()
@@ -86,6 +88,7 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
         log_stats_interval_s=values.get("LOG_STATS_INTERVAL", 10.0),
         attention_backend=values.get("ATTENTION_BACKEND"),
         allow_long_max_model_len=bool(values.get("ALLOW_LONG_MAX_MODEL_LEN", 0)),
+        torch_profiler_dir=values.get("TORCH_PROFILER_DIR"),
         api_key=values.get("API_KEY"),
         admin_api_key=values.get("ADMIN_API_KEY"),
         cpu_kv_cache_bytes=None if gib is None else int(gib * 2**30),
@@ -100,6 +103,8 @@ def apply_environment(args: EngineArgs, environment: Environment) -> EngineArgs:
         changes["attention_backend"] = environment.attention_backend
     if environment.allow_long_max_model_len and args.allow_long_max_model_len is None:
         changes["allow_long_max_model_len"] = True
+    if environment.torch_profiler_dir is not None and args.torch_profiler_dir is None:
+        changes["torch_profiler_dir"] = environment.torch_profiler_dir
     sized = args.kv_cache_memory_bytes is not None or args.num_gpu_blocks_override is not None
     if environment.cpu_kv_cache_bytes is not None and args.device != "cuda" and not sized:
         changes["kv_cache_memory_bytes"] = environment.cpu_kv_cache_bytes

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 ATTENTION_REGISTRY = "octavo.attention.registry"
 """By name, because it imports torch, which takes a second that a frontend's tokenizer can use (EngineStarting)."""
+PROFILER = "octavo.engine.profiler"
+"""By name for the same reason."""
 CODE_CONFIG = "octavo.models.transformers_code:state_config"
 CODE_TOKENIZER = "octavo.models.transformers_tokenizer:rebuild_tokenizer"
 """What runs code of a checkpoint: imported only when the user trusts it, and there is some."""
@@ -111,6 +113,9 @@ def build(args: EngineArgs, emit: Callable[[int, CoreOutput], None]) -> tuple[En
     ]
     scheduler = Scheduler(config.scheduler, config.cache, report.kv_spec, size.num_blocks)
     core = EngineCore(scheduler, executor, config.device.depth, emit)
+    profiler = import_module(PROFILER).Profiler(args.torch_profiler_dir)
+    core.add_call("start_profile", profiler.start)
+    core.add_call("stop_profile", profiler.stop)
     ready = EngineReady(
         config=config,
         decisions=decisions,

@@ -23,4 +23,15 @@ def make_router(service: Service) -> APIRouter:
             raise HTTPRefusal(409, "the prefix cache cannot be reset while requests run", "requests_running")
         return JSONResponse({"status": "reset"})
 
+    @router.post("/start_profile", responses=error_responses(400, 401, 404, 503), response_model=None)
+    async def start_profile() -> JSONResponse:
+        """Begin to record the engine's work with torch's profiler, into --torch-profiler-dir."""
+        await service.need_engine.start_profile()
+        return JSONResponse({"status": "recording"})
+
+    @router.post("/stop_profile", responses=error_responses(400, 401, 404, 503), response_model=None)
+    async def stop_profile() -> JSONResponse:
+        """End the recording; names the file on the server that it is in."""
+        return JSONResponse({"status": "stopped", "file": await service.need_engine.stop_profile()})
+
     return router

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import inspect
 import json
 import os
@@ -245,3 +246,31 @@ def test_parameters_of_another_type_are_named(text_llm: LLM) -> None:
         text_llm.generate("Hi", wrong)
     with pytest.raises(InvalidRequestError, match="sampling_params: 1 for 2 prompts; give one for all or one each"):
         text_llm.generate(["Hi", "Ho"], [SamplingParams()])
+
+
+def test_profiles_are_recorded_between_two_steps(tiny_model: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "load_format": "dummy",
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "num_threads": 1,
+    }
+    folder = tmp_path / "profiles"
+    with LLM(str(tiny_model), num_gpu_blocks_override=50, torch_profiler_dir=str(folder), **settings) as llm:
+        with pytest.raises(InvalidRequestError, match="start one first"):
+            llm.stop_profile()
+        with pytest.raises(InvalidRequestError, match="profile_prefix"):
+            llm.start_profile("../up")
+        llm.start_profile("mine")
+        with pytest.raises(InvalidRequestError, match="already"):
+            llm.start_profile()
+        llm.generate([PROMPTS[0]], greedy(3))
+        file = Path(llm.stop_profile())
+        assert file.parent == folder and file.name.startswith("mine-")
+        events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        assert any(event.get("name", "").startswith("aten::") for event in events), "the steps are in it"
+
+
+def test_without_a_folder_there_is_no_profile(make_llm: MakeLLM) -> None:
+    with pytest.raises(InvalidRequestError, match="torch-profiler-dir"):
+        make_llm().start_profile()

@@ -199,10 +199,13 @@ def test_every_route_but_health_needs_a_key(server: ServerProcess) -> None:
 
 
 def test_cve_2025_10164_administrators_routes_are_hidden(server: ServerProcess) -> None:
-    for path in ("/reset_prefix_cache", "/sleep", "/update_weights", "/collective_rpc"):
+    for path in ("/reset_prefix_cache", "/sleep", "/update_weights", "/collective_rpc", "/start_profile"):
         assert request(server, path, {}).status == 404
         assert request(server, path, {}, key=None).status == 404
     assert request(server, "/reset_prefix_cache", {}, key=ADMIN_KEY).json == {"status": "reset"}
+    for path in ("/start_profile", "/stop_profile"):  # and that server has no folder for profiles
+        refusal = request(server, path, {}, key=ADMIN_KEY)
+        assert (refusal.status, refusal.error["type"]) == (400, "invalid_request_error")
 
 
 def test_a_key_in_the_query_is_none(server: ServerProcess) -> None:
