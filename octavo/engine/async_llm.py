@@ -276,6 +276,14 @@ class AsyncLLM:
         """Forget all cached prefixes; whether that was possible (it is not while requests run)."""
         return await asyncio.to_thread(self._frontend.client.call, "reset_prefix_cache")
 
+    async def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Begin to record the engine's work; see ``LLM.start_profile``."""
+        await asyncio.to_thread(self._frontend.client.call, "start_profile", profile_prefix)
+
+    async def stop_profile(self) -> str:
+        """End the recording; the file that it is in."""
+        return await asyncio.to_thread(self._frontend.client.call, "stop_profile")
+
     async def get_metrics(self) -> list[Metric]:
         """All counters and gauges of the engine, now."""
         return await asyncio.to_thread(self._frontend.get_metrics)
