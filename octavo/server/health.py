@@ -50,16 +50,16 @@ def make_router(service: Service) -> APIRouter:
         return JSONResponse({"server_load": 0 if service.admission is None else service.admission.num_requests})
 
     routes: list[tuple[str, Handler, list[str]]] = [
-        ("/livez", live, ["GET"]),
-        ("/health/live", live, ["GET"]),
-        ("/health", healthy, ["GET"]),
-        ("/ping", healthy, ["GET", "POST"]),
-        ("/readyz", ready, ["GET"]),
-        ("/health/ready", ready, ["GET"]),
+        ("/livez", live, ["GET", "HEAD"]),
+        ("/health/live", live, ["GET", "HEAD"]),
+        ("/health", healthy, ["GET", "HEAD"]),
+        ("/ping", healthy, ["GET", "HEAD", "POST"]),
+        ("/readyz", ready, ["GET", "HEAD"]),
+        ("/health/ready", ready, ["GET", "HEAD"]),
         ("/load", load, ["GET"]),
     ]
     for path, handler, methods in routes:
-        for method in methods:
+        for method in methods:  # HEAD: many a load balancer wants the status alone
             name = f"{handler.__name__}_{method.lower()}_{path.strip('/').replace('/', '_')}"
             responses = {} if handler in (live, load) else NOT_READY
             router.add_api_route(

@@ -55,6 +55,13 @@ def test_tokens_there_and_back(client: httpx.Client) -> None:
     assert client.post("/detokenize", json={"tokens": [10**6]}).json()["error"]["param"] == "tokens[0]"
 
 
+def test_health_for_those_who_want_the_status_alone(client: httpx.Client) -> None:
+    for path in ("/health", "/livez", "/readyz", "/ping", "/health/live", "/health/ready"):
+        told = client.head(path)
+        assert (told.status_code, told.content) == (200, b"")
+        assert told.headers["content-length"] == client.get(path).headers["content-length"]
+
+
 def test_many_tokens_are_the_same_text(server: Server, client: httpx.Client) -> None:
     ids = random.Random(0).choices(range(49152), k=tokenize.INLINE_IDS + 1)
     text = client.post("/detokenize", json={"tokens": ids}).json()["prompt"]
