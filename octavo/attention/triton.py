@@ -126,6 +126,7 @@ class TritonBackend:
         spec = self._spec
         if meta.work is None and meta.few is not None:
             meta.work = self._cut(meta.few.query_start_loc, meta.few.seq_lens)
+            meta.work.is_early = False  # made in the midst of the step
         if meta.work is not None:
             decode_attention(
                 q, cache, meta.block_table, meta.work, out,

@@ -51,6 +51,9 @@ class WorkList:
     max_items: int
     tile: int
     """Key tokens a program loads at a time; parts begin at its multiples."""
+    is_early: bool = True
+    """Whether a kernel may read it, and the block tables, before the kernels in front are done: a kernel that is not
+    launched early lies between."""
 
 
 @triton.jit(do_not_specialize=["num_reqs", "target_items", "max_split"])
@@ -157,14 +160,17 @@ def _decode(
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FIELDS: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        if not IS_EARLY:
+            tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0) % G
     index = tl.program_id(0) // G
     if index >= tl.load(num_items):
+        if IS_EARLY:
+            tl.extra.cuda.gdc_wait()
         return
     item = items + index * FIELDS
     request = tl.load(item)
@@ -173,12 +179,14 @@ def _decode(
     high = tl.load(item + 3)
     slot = tl.load(item + 4)
     length = tl.load(item + 5)
+    table = block_table + request.to(tl.int64) * table_stride
+    if IS_EARLY:
+        tl.extra.cuda.gdc_wait()
     rows = tl.arange(0, ROWS)
     offs_d = tl.arange(0, D_PAD)
     q_mask = (rows < GROUP)[:, None] & (offs_d < D)[None, :]
     heads = kv_head * GROUP + rows
     queries = tl.load(q + token * q_stride_t + heads[:, None] * q_stride_h + offs_d[None, :], mask=q_mask, other=0.0)
-    table = block_table + request.to(tl.int64) * table_stride
     m = tl.full([ROWS, 1], MASKED, tl.float32)
     total = tl.zeros([ROWS, 1], tl.float32)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
@@ -231,18 +239,22 @@ def _decode(
 def _combine(
     partial, partial_lse, first_slot, num_parts, split, out, sinks, out_stride_t, out_stride_h,
     H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PARTS: tl.constexpr, HAS_SINKS: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        if not IS_EARLY:
+            tl.extra.cuda.gdc_wait()
     entry = split + tl.program_id(0) * 2
     request = tl.load(entry)
     token = tl.load(entry + 1).to(tl.int64)
     head = tl.program_id(1)
-    if request >= 0:
-        parts = tl.load(num_parts + request)
-        base = tl.load(first_slot + request).to(tl.int64)
+    is_split = request >= 0
+    parts = tl.load(num_parts + request, mask=is_split, other=0)
+    base = tl.load(first_slot + request, mask=is_split, other=0).to(tl.int64)
+    if IS_EARLY:
+        tl.extra.cuda.gdc_wait()
+    if is_split:
         offs_d = tl.arange(0, D_PAD)
         m = tl.full([1], MASKED, tl.float32)
         total = tl.zeros([1], tl.float32)
@@ -285,6 +297,8 @@ def decode_attention(
         softcap: Bound of the scores.
         sinks: ``[H]``: a score of each head that takes part in the softmax and has no value.
 
+    With ``work.is_early`` all but queries, keys and values is read before the kernels in front are done.
+
     Cost: two launches; reads each key and value once. Reference: ``paged_attention_ref`` in ``reference.py``.
     """
     num_heads, size = q_THD.shape[1:]
@@ -297,6 +311,7 @@ def decode_attention(
     partial = torch.empty((work.max_items, num_heads, size), dtype=torch.float32, device=q_THD.device)
     partial_lse = torch.empty((work.max_items, num_heads), dtype=torch.float32, device=q_THD.device)
     num_warps, stages = _settings(tile, size, is_half)
+    is_early = work.is_early and has_pdl()
     _decode[(work.max_items * kv_heads,)](
         q_THD, cache_NKGPD, make_descriptor(cache_NKGPD, tile) if use_tma else cache_NKGPD, block_table, work.items,
         work.num_items, out_THD, partial, partial_lse, out_THD if sinks is None else sinks, scale, softcap or 0.0,
@@ -304,12 +319,12 @@ def decode_attention(
         *cache_NKGPD.stride()[:3],
         kv_heads, group, max(16, triton.next_power_of_2(group)), size, d_pad, page, tile, use_tma, window or 0,
         softcap is not None, sinks is not None, "tf32" if is_half else "ieee", stages, ITEM_FIELDS, has_pdl(),
-        num_warps=num_warps, **launch_options(),
+        is_early, num_warps=num_warps, **launch_options(),
     )  # fmt: skip
     _combine[(len(work.split), num_heads)](
         partial, partial_lse, work.first_slot, work.num_parts, work.split, out_THD,
         out_THD if sinks is None else sinks, out_THD.stride(0), out_THD.stride(1), num_heads, size, d_pad, 16,
-        sinks is not None, has_pdl(), num_warps=1, **launch_options(),
+        sinks is not None, has_pdl(), is_early, num_warps=1, **launch_options(),
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo.kernels.gpu.launch import settle_names
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MASKED = tl.constexpr(-1.0e30)
@@ -67,6 +69,9 @@ def add_sink(m, total, acc, sink):
     m_new = tl.maximum(m, score)
     shrink = tl.exp2(m - m_new)
     return total * shrink + tl.exp2(score - m_new), acc * shrink
+
+
+settle_names(soft_cap, add_sink)
 
 
 def make_descriptor(cache_NKGPD: Tensor, tile: int) -> TensorDescriptor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.gpu.launch import has_pdl, launch_options
+from octavo.kernels.gpu.launch import has_pdl, launch_options, settle_names
 from octavo.kernels.gpu.products import ACTIVATIONS, CLAMPED_SWIGLU, act, multiply
 from octavo.kernels.moe.align import Tiles
 from octavo.kernels.moe.plans import PairSizes, TileSizes
@@ -27,6 +27,9 @@ def _activate(gate, up, ACT: tl.constexpr, alpha, limit):
     else:
         result = act(gate, ACT) * up
     return result
+
+
+settle_names(_activate)
 
 
 @triton.jit

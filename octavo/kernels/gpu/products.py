@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from octavo.kernels.gpu.launch import settle_names
+
 PLAIN = tl.constexpr(-1)
 SILU = tl.constexpr(0)
 GELU_TANH = tl.constexpr(1)
@@ -39,3 +41,6 @@ def activate(gate, up, ACT: tl.constexpr, dtype: tl.constexpr):
     """``act(gate) * up`` of float32 sums, with the roundings to ``dtype`` that separate launches have."""
     gate = act(gate.to(dtype).to(tl.float32), ACT)
     return gate.to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
+
+
+settle_names(act, activate)

@@ -61,12 +61,12 @@ def _norm_rotate_write(
         wk = tl.load(k_weight + offs, mask=offs < D, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    position = tl.load(positions + token)
     slot = tl.load(slots + token)
+    cos, sin = rotation(table, tl.load(positions + token), D_PAD, HALF)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     x = tl.load(at, mask=mask, other=0.0)
     weight = tl.where((head < H)[:, None], wq[None, :], wk[None, :])
-    cos, sin = rotation(table, position, D_PAD, HALF)
     rotated = norm_rotate(x.to(tl.float32), weight, cos, sin, eps, D, D_PAD, HEADS, HAS_NORM, dtype)
     result = tl.where(is_value, x, rotated.to(dtype))
     tl.store(at, result, mask=mask & (head < H + G)[:, None])
