@@ -27,11 +27,8 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``linear_ref``; on a GPU by our own kernels where these are known to be faster than cuBLAS."""
-    if len(x) == 1:
-        plan = _one_row_plan(x, weight, is_gated=False, is_normed=False)
-        return F.linear(x, weight, bias) if plan is None else gpu_kernels("one_row").one_row(x, weight, bias, plan)
-    plan = _plan(x, weight, is_gated=False)
-    return F.linear(x, weight, bias) if plan is None else gpu_kernels("linear").linear(x, weight, bias, plan)
+    plan = _choose(x, weight, is_gated=False)
+    return F.linear(x, weight, bias) if plan is None else _multiply(x, weight, bias, plan)
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
@@ -46,15 +43,10 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Act
     Returns:
         ``[T, F]``, rounded as the product and the activation one after the other are.
     """
-    if activation in _FUSED and len(x) == 1:
-        plan = _one_row_plan(x, weight, is_gated=True, is_normed=False)
-        if plan is not None:
-            return gpu_kernels("one_row").one_row(x, weight, bias, plan, act=_FUSED[activation])
-    elif activation in _FUSED:
-        plan = _plan(x, weight, is_gated=True)
-        if plan is not None:
-            return gpu_kernels("linear").gated_linear(x, weight, bias, plan, act=_FUSED[activation])
-    return activation(linear(x, weight, bias))
+    plan = _choose(x, weight, is_gated=True) if activation in _FUSED else None
+    if plan is None:
+        return activation(linear(x, weight, bias))
+    return _multiply(x, weight, bias, plan, _FUSED[activation])
 
 
 def normed_linear(
@@ -72,10 +64,10 @@ def normed_linear(
     Returns:
         The result, rounded as that of separate launches; None where these are faster: nothing has been done then.
     """
-    if len(x) != 1 or (activation is not None and activation not in _FUSED):
+    if activation is not None and activation not in _FUSED:
         return None
-    plan = _one_row_plan(x, weight, is_gated=activation is not None, is_normed=True)
-    if plan is None:
+    plan = _choose(x, weight, is_gated=activation is not None, is_normed=True)
+    if not isinstance(plan, OneRowPlan):
         return None
     act = None if activation is None else _FUSED[activation]
     return gpu_kernels("one_row").one_row(x, weight, bias, plan, norm=norm, act=act)
@@ -87,31 +79,38 @@ def add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
     Returns:
         False where these are faster: nothing has been done then.
     """
-    plan = _one_row_plan(x, weight, is_gated=False, is_normed=False) if len(x) == 1 else None
-    if plan is None or not residual.is_contiguous():
+    plan = _choose(x, weight, is_gated=False)
+    if not isinstance(plan, OneRowPlan) or not residual.is_contiguous():
         return False
     gpu_kernels("one_row").one_row(x, weight, bias, plan, residual=residual)
     return True
 
 
-def _one_row_plan(x: Tensor, weight: Tensor, *, is_gated: bool, is_normed: bool) -> OneRowPlan | None:
-    if not (x.is_cuda and x.dim() == 2 and x.element_size() == 2 and _is_measured(x.device)):
+def _multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: OneRowPlan | SkinnyPlan, act: str | None = None
+) -> Tensor:
+    if isinstance(plan, OneRowPlan):
+        return gpu_kernels("one_row").one_row(x, weight, bias, plan, act=act)
+    kernels = gpu_kernels("linear")
+    if act is None:
+        return kernels.linear(x, weight, bias, plan)
+    return kernels.gated_linear(x, weight, bias, plan, act=act)
+
+
+def _choose(x: Tensor, weight: Tensor, *, is_gated: bool, is_normed: bool = False) -> OneRowPlan | SkinnyPlan | None:
+    """How our own kernels multiply these; None: not at all, or slower than cuBLAS."""
+    if not (x.is_cuda and len(x) <= MAX_ROWS and x.dim() == 2 and x.element_size() == 2 and _is_measured(x.device)):
         return None
     if not weight.is_contiguous() or x.stride(1) != 1:
         return None
     outputs, columns = weight.shape
-    return one_row_plan(outputs // 2 if is_gated else outputs, columns, is_gated=is_gated, is_normed=is_normed)
-
-
-def _plan(x: Tensor, weight: Tensor, *, is_gated: bool) -> SkinnyPlan | None:
-    if not (x.is_cuda and len(x) <= MAX_ROWS and x.dim() == 2 and x.element_size() == 2 and _is_measured(x.device)):
-        return None
-    outputs, columns = weight.shape
-    plan = choose_plan(len(x), outputs // 2 if is_gated else outputs, columns, is_gated=is_gated)
-    if plan is None or not weight.is_contiguous() or x.stride(1) != 1:
-        return None
-    # Bulk copies want whole 16 bytes.
-    return plan if not plan.uses_tma or (x.data_ptr() | weight.data_ptr() | 2 * x.stride(0)) % 16 == 0 else None
+    outputs = outputs // 2 if is_gated else outputs
+    if len(x) == 1:
+        return one_row_plan(outputs, columns, is_gated=is_gated, is_normed=is_normed)
+    plan = choose_plan(len(x), outputs, columns, is_gated=is_gated)
+    if plan is not None and plan.uses_tma and (x.data_ptr() | weight.data_ptr() | 2 * x.stride(0)) % 16:
+        return None  # bulk copies want whole 16 bytes
+    return plan
 
 
 @functools.cache
