@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -99,11 +100,14 @@ class DecodeGraphs:
         self._shown: tuple[StepLayout, int] | None = None
         self._recorder = Recorder(device)
 
+    def first_steps(self) -> list[Callable[[], object]]:
+        """What ``warm_up`` will record."""
+        return [partial(self._step, DrawKind.PLAIN, size) for size in self._first_sizes()]
+
     def warm_up(self) -> None:
-        """Record the first sizes, largest first: the smaller ones then live in its memory."""
-        for size in reversed(self._buckets):
-            if size <= _FIRST:
-                self._capture(DrawKind.PLAIN, size)
+        """Record the first sizes."""
+        for size in self._first_sizes():
+            self._capture(DrawKind.PLAIN, size)
 
     def record_more(self) -> bool:
         """Record the largest size that is not, for plain draws; whether there was one."""
@@ -131,6 +135,10 @@ class DecodeGraphs:
     def stop_capturing(self) -> None:
         """Record no more: memory is short."""
         self._recorder.stop()
+
+    def _first_sizes(self) -> list[int]:
+        """Largest first: the smaller ones then live in its memory."""
+        return [size for size in reversed(self._buckets) if size <= _FIRST]
 
     def _size_for(self, kind: DrawKind, count: int) -> int | None:
         if count > self._buckets[-1]:

@@ -7,6 +7,7 @@ halves' order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -293,6 +294,11 @@ class ModelRunner:
             return
         for kind in (DrawKind.PLAIN, DrawKind.FILTERED):
             self._plain.draw(kind, logits, inputs.layout.row_index, inputs.lengths)
+
+    def first_steps(self) -> list[Callable[[], object]]:
+        """What ``record_graphs`` will record."""
+        recordings = (self._recordings.decode, self._recordings.prompts)
+        return [step for each in recordings if each is not None for step in each.first_steps()]
 
     def record_graphs(self) -> None:
         """Record the first decode steps and steps with prompts, where there are graphs."""

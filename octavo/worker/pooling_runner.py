@@ -6,7 +6,7 @@ its numbers. Knows no scheduler and no memory sizes. Has the methods of ``ModelR
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -135,6 +135,10 @@ class PoolingRunner:
         hidden = self._model.forward(self._inputs.plan_attention(inputs))
         if self._pooling.task == "classify":
             self._model.project(hidden[-1:])
+
+    def first_steps(self) -> list[Callable[[], object]]:
+        """Nothing is recorded."""
+        return []
 
     def record_more(self) -> bool:
         """Nothing is recorded."""

@@ -9,8 +9,9 @@ have recordings of their own (``cuda_graphs.py``), which also draw.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,11 +96,14 @@ class PromptGraphs:
         self.num_replays = 0
         """Steps that were not launched kernel by kernel."""
 
+    def first_steps(self) -> list[Callable[[], object]]:
+        """What ``warm_up`` will record."""
+        return [partial(self._forward, size) for size in self._first_sizes()]
+
     def warm_up(self) -> None:
-        """Record the first sizes, largest first: the smaller ones then live in its memory."""
-        for size in reversed(self._sizes):
-            if size in _AT_START or size == self._sizes[-1]:
-                self._record(size)
+        """Record the first sizes."""
+        for size in self._first_sizes():
+            self._record(size)
 
     def record_more(self) -> bool:
         """Record the largest size that is not; whether there was one."""
@@ -125,6 +129,10 @@ class PromptGraphs:
         self.num_replays += 1
         assert step.hidden is not None
         return step.hidden[: shape.num_tokens]
+
+    def _first_sizes(self) -> list[int]:
+        """Largest first: the smaller ones then live in its memory."""
+        return [size for size in reversed(self._sizes) if size in _AT_START or size == self._sizes[-1]]
 
     def _try(self, size: int) -> bool:
         return self._recorder.attempt(lambda: self._record(size), f"a step of {size} tokens")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +21,7 @@ from octavo.attention.backend import is_capturable
 from octavo.attention.registry import choose_backend
 from octavo.config.engine import EngineConfig
 from octavo.device.registry import make_device
+from octavo.kernels.gpu import gpu_kernels
 from octavo.layers.context import LayerContext
 from octavo.loader.load import load_weights
 from octavo.messages import ModelRunnerOutput, SchedulerOutput
@@ -70,6 +73,7 @@ class StepRunner(Protocol):
     def launch(self, plan: SchedulerOutput, num_refused: int, /) -> Any: ...
     def complete(self, step: Any, mask: bytes | None, /) -> Pending: ...
     def warm_up(self, num_tokens: int, /) -> None: ...
+    def first_steps(self) -> list[Callable[[], object]]: ...
     def record_graphs(self) -> None: ...
     def record_more(self) -> bool: ...
     def shrink(self) -> None: ...
@@ -272,10 +276,16 @@ class Worker:
             return self._record_more()
         self._is_warm = True
         limits = self._config.scheduler
+        longest = min(limits.max_num_batched_tokens, limits.max_model_len)
+        dry_steps = [partial(self._ready().warm_up, count) for count in self._warm_up_tokens() if count <= longest]
         with torch.inference_mode():
-            for num_tokens in self._warm_up_tokens():
-                if num_tokens <= min(limits.max_num_batched_tokens, limits.max_model_len):
-                    self._ready().warm_up(num_tokens)
+            if self._records_graphs:
+                # What may be recorded launches only, so it bears being rehearsed.
+                first_steps = [*self._ready().first_steps(), *dry_steps]
+                gpu_kernels("ahead").compile_ahead(first_steps, self._config.device.num_threads)
+                self._device.free_unused()
+            for dry_step in dry_steps:
+                dry_step()
             before, begin_s = self._device.memory(), time.monotonic()
             if self._records_graphs:
                 logger.info("Capturing CUDA graphs ...")
