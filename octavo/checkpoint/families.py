@@ -18,6 +18,7 @@ ARCHITECTURES: Mapping[str, str] = {
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "granite": "GraniteForCausalLM",
+    "granite4_vision_text": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "llama": "LlamaForCausalLM",
     "ministral": "MinistralForCausalLM",
@@ -27,6 +28,7 @@ ARCHITECTURES: Mapping[str, str] = {
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "paddleocr_vl_text": "LlamaForCausalLM",
     "phi": "PhiForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "phimoe": "PhimoeForCausalLM",
@@ -73,6 +75,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_local_experts": 128, "num_experts_per_tok": 4,
     },
     "granite": {"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    "granite4_vision_text": {"max_position_embeddings": 2048, "attention_multiplier": 1.0},
     "granitemoe": {
         "max_position_embeddings": 2048, "attention_multiplier": 1.0, "num_local_experts": 8, "num_experts_per_tok": 2,
     },
@@ -94,6 +97,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "olmoe": {
         "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8,
+    },
+    "paddleocr_vl_text": {
+        "max_position_embeddings": 131072, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+        "tie_word_embeddings": True,
     },
     "phi": {
         "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new",
@@ -138,7 +145,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 _QWEN_VL = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text")
 _ASKED_WINDOW = ("qwen2", "qwen2_moe", "qwen3", "smollm3", *_QWEN_VL)
-_GRANITE = frozenset({"granite", "granitemoe"})
+_GRANITE = frozenset({"granite", "granite4_vision_text", "granitemoe"})
 READERS: Mapping[str, frozenset[str]] = {
     "attention_multiplier": _GRANITE | {"deepseek_v2", "deepseek_v3"},  # of latent attention: from ``expand_mla``
     "attn_logit_softcapping": frozenset({"gemma2"}),

@@ -22,15 +22,7 @@ _PREFIXES = (
     ("language.lm_head.", "lm_head."),
     ("thinker.model.", "model."),
     ("thinker.lm_head.", "lm_head."),
-    ("layers.", "model.layers."),  # Cosmos 3
-    ("embed_tokens.", "model.embed_tokens."),
-    ("norm.", "model.norm."),
 )
-_RENAMES = (
-    ("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "o_proj"), ("norm_q", "q_norm"),
-    ("norm_k", "k_norm"),
-)  # fmt: skip
-"""Cosmos 3 again: diffusers' words."""
 _BARE = ("model.layers.", "lm_head.")
 """How the names begin where the language model lies as in a checkpoint of its own."""
 
@@ -38,6 +30,4 @@ _BARE = ("model.layers.", "lm_head.")
 def text_half(weight_map: WeightMap) -> WeightMap:
     """``weight_map`` for a checkpoint that holds the model as its language model, beside others that are skipped."""
     own = (*(theirs for theirs, _ in _PREFIXES), *_BARE)
-    return replace(
-        weight_map, prefixes=(*_PREFIXES, *weight_map.prefixes), renames=(*_RENAMES, *weight_map.renames), own=own
-    )
+    return replace(weight_map, prefixes=(*_PREFIXES, *weight_map.prefixes), own=own)

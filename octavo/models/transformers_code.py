@@ -33,6 +33,13 @@ CONFIG, MODEL = "AutoConfig", "AutoModelForCausalLM"
 INTERFACE = "octavo_paged"
 """Our name in transformers' table of attention functions."""
 _PADDING_CHECK = "warn_if_padding_and_no_attention_mask"
+STAND_INS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "glm4v_moe_text": ("glm4_moe", {"attention_bias": True}),
+    "glm4v_text": ("glm4", {"attention_bias": True}),
+    "glm_ocr_text": ("glm4", {"attention_bias": False}),
+}
+"""Text halves of which transformers has no causal LM by themselves, to one that computes the same for text, and what
+their configs mean where they say nothing."""
 _REFERENCE = re.compile(r"\w+\.\w+")
 _COMPUTED = ("vocab_size", "head_dim", *SYNONYMS)
 """What the engine asks of every config, and a config class may only have as a property."""
@@ -68,6 +75,9 @@ def find_recipe(config: ModelConfig) -> Recipe:
     model_type = fields.pop("model_type", None)
     for name in ("transformers_version", "auto_map", "torch_dtype", "dtype", "quantization_config"):
         fields.pop(name, None)
+    if config.text_half_of is not None and model_type in STAND_INS:
+        model_type, defaults = STAND_INS[model_type]
+        fields = {**defaults, **fields}
     code = config.code if config.code is not None and config.code.is_trusted else None
     if code is None:
         _check_known(config, model_type)

@@ -28,6 +28,9 @@ from tests.models.harness import PagedModel
 from tests.models.multimodal import CLASSES, make_multimodal, with_text_half
 
 _PARTS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+_HALF_ROTATED = {
+    "rope_parameters": {**_PARTS["rope_parameters"], "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+}
 _KINDS = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 _SIGLIP = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
@@ -41,7 +44,7 @@ _LATENT: dict[str, Any] = {
 OWN: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(
         (
-            "cosmos3_omni", "deepseek_vl", "deepseek_vl_hybrid", "gemma3", "glmasr", "got_ocr2", "granite_speech",
+            "deepseek_vl", "deepseek_vl_hybrid", "gemma3", "glmasr", "got_ocr2", "granite_speech",
             "granite_speech_plus", "idefics2", "idefics3", "internvl", "janus", "lighton_ocr", "llava", "llava_next",
             "llava_next_video", "llava_onevision", "mistral3", "moss_transcribe_diarize", "pp_chart2table",
             "qianfan_ocr", "qwen2_audio", "qwen3_asr", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
@@ -51,8 +54,10 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     ),
     "fast_vlm": {".vision_config": _SIGLIP},
     "fun_asr_nano": {"hidden_size": 64, ".adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
+    "granite4_vision": {".deepstack_layer_map": [[0, 0]], ".spatial_target_layers": [0], ".downsample_rate": "4/8"},
     "kimi_k25": _LATENT,
     "ovis2": {".vocab_size": 320},
+    "paddleocr_vl": _PARTS,
     "qwen2_5_omni_thinker": _PARTS,
     "qwen2_5_vl": _PARTS,
     "qwen2_vl": _PARTS,
@@ -66,10 +71,15 @@ FOREIGN: Mapping[str, Mapping[str, Any]] = {
     "cohere_compass": {"rope_parameters": _KINDS},
     "exaone4_5": {},
     "fuyu": {},
+    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga"), _HALF_ROTATED),
+    "glm4v_moe": {
+        **_HALF_ROTATED, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+    },
     "gemma4": {"vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8},
     "hyperclovax_vision_v2": {},
     "lfm2_vl": {},
-}
+}  # fmt: skip
 """Those whose language model runs with transformers' code."""
 _NOBODY = "neither Octavo nor transformers has '.*' by itself"
 _HALVES = "is_encoder_decoder is true"
@@ -77,9 +87,9 @@ _KIND = "it has layers of the kinds "
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
-            "blip", "cosmos3_edge", "deepseek_ocr2", "diffusion_gemma", "emu3", "ernie4_5_vl_moe", "glm46v", "glm4v",
-            "glm_ocr", "glmga", "granite4_vision", "granite_docling", "hunyuan_vl", "mistral_large4", "mllama",
-            "molmo2", "muse_glimmer", "muse_spark", "paddleocr_vl", "step3p7", "unlimited_ocr", "voxtral_realtime",
+            "blip", "cosmos3_edge", "deepseek_ocr2", "diffusion_gemma", "emu3", "ernie4_5_vl_moe",
+            "granite_docling", "hunyuan_vl", "mistral_large4", "mllama", "molmo2", "muse_glimmer", "muse_spark",
+            "step3p7", "unlimited_ocr", "voxtral_realtime",
         ),
         _NOBODY,
     ),
@@ -92,7 +102,6 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("nemo_speechlm", "nemotron_h_omni"), "num_hidden_layers is missing"),
     "dots3_note": _KIND + "indexed_attention",
     "gemma3n": "a trial run failed",
-    "glm4v_moe": "head_dim gives 21",
     "glm5_next": "head_dim is 0",
     "lfm3_vl": _KIND + "conv",
     "llama4": _KIND + "chunked_attention",
@@ -104,6 +113,7 @@ ELSEWHERE: Mapping[str, str] = {
     "blip-2": "text needs a picture",
     "instructblip": "text needs a picture",
     "instructblipvideo": "text needs a picture",
+    "cosmos3_omni": "a Qwen3-VL under diffusers' names",
     "gemma4_assistant": "drafts for another model",
     "minimax_m3_vl": "sparse attention; its weights have names that its text half does not",
     "perception_lm": "its encoder is timm's; its language model is a Llama, as Idefics3's",
