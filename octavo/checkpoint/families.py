@@ -183,7 +183,9 @@ DIMENSIONS: Mapping[str, tuple[int, int, int, int, int]] = {
 }
 """``_SIZES`` of families whose text halves often state none. A text-only model has to state them."""
 
-_FLAT_WRAPPERS = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
+_FLAT_WRAPPERS = {
+    "paddleocr_vl": "paddleocr_vl_text", "qwen2_5_vl": "qwen2_5_vl_text", "qwen2_vl": "qwen2_vl_text",
+}  # fmt: skip
 """Multimodal configs that keep the fields of their language model beside those of the others."""
 _SHARED_FIELDS = ("bos_token_id", "eos_token_id", "quantization_config", "dtype", "torch_dtype")
 BOTH_WAYS = frozenset({"paligemma"})

@@ -148,6 +148,26 @@ def test_logits_are_those_of_the_whole_model(model_type: str, tmp_path: Path) ->
     assert (paged.feed(0, prompt, 17) - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("model_type", ["paddleocr_vl", "qwen2_5_vl", "qwen2_vl"])
+def test_fields_beside_those_of_the_encoder(model_type: str, tmp_path: Path) -> None:
+    """As these were published: one level of fields, and the language model's weights named as if it were alone."""
+    folder = tmp_path / "model"
+    reference = make_multimodal(model_type, OWN[model_type], folder)
+    stated = json.loads((folder / "config.json").read_text())
+    text = stated.pop("text_config")
+    flat = {**text, **{name: value for name, value in stated.items() if name not in text}, "model_type": model_type}
+    flat["architectures"] = [CLASSES[model_type]]
+    (folder / "config.json").write_text(json.dumps(flat))
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    bare = {name.replace("model.language_model.", "model."): each for name, each in tensors.items()}
+    safetensors.torch.save_file(bare, file)
+    prompt = list(range(3, 40))
+    with torch.inference_mode():
+        expected = reference(input_ids=torch.tensor([prompt])).logits[0]
+    assert (load(folder).feed(0, prompt, 17) - expected).abs().max() <= 1e-4
+
+
 def test_experts_as_they_were_published(tmp_path: Path) -> None:
     """Qwen3-VL-MoE's stacks came with columns first; transformers takes either order, too."""
     folder = tmp_path / "model"
@@ -185,7 +205,7 @@ def test_a_model_within_a_larger_one(outer: str, tmp_path: Path) -> None:
     [("llm_config", "language_model."), ("llm_config", "llm."), ("language_config", "language.")],
 )
 def test_checkpoints_of_code_that_transformers_does_not_have(field: str, prefix: str, tmp_path: Path) -> None:
-    """InternVL, Ovis, DeepSeek-VL2 as published: none of their code has to run for a language model that we have."""
+    """As InternVL and Ovis were published: none of their code has to run for a language model that we have."""
     reference = make_reference("qwen2")
     reference.save_pretrained(tmp_path)
     stated = json.loads((tmp_path / "config.json").read_text())
