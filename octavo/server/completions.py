@@ -359,13 +359,13 @@ class _CompletionEvents:
         )
         self._has_usage_always = bool(options and options.continuous_usage_stats)
         self._template = ChunkTemplate(head(generation, "text_completion"))
-        self._num_each = generation.params.n
-        prompts = [_StreamedPrompt() for _ in generation.prompts]
-        self._choices = [
-            _ChoiceStream(completion, index, prompts[index // self._num_each])
-            for index in range(self._num_each * len(prompts))
-        ]
-        self._newest: dict[int, RequestOutput] = {}
+        num_each = generation.params.n
+        self._choices: dict[str, list[_ChoiceStream]] = {}
+        """The answers to each prompt, by its engine id."""
+        for place, engine_id in enumerate(generation.engine_ids):
+            prompt = _StreamedPrompt()
+            first = place * num_each
+            self._choices[engine_id] = [_ChoiceStream(completion, first + index, prompt) for index in range(num_each)]
         self._tail = b',"usage":null' if self._wants_usage else b""
 
     def of(self, outputs: Sequence[RequestOutput]) -> bytes:
@@ -373,25 +373,23 @@ class _CompletionEvents:
         return self._event(outputs[0]) if len(outputs) == 1 else b"".join(map(self._event, outputs))
 
     def _event(self, output: RequestOutput) -> bytes:
-        completion = self._completion
-        index = completion.generation.index_of(output)
-        self._newest[index] = output
         if self._has_usage_always:
-            self._tail = b',"usage":' + encode(completion.usage(self._newest.values()))
-        first, choices, chunk, tail = index * self._num_each, self._choices, self._template.chunk, self._tail
+            self._tail = b',"usage":' + encode(self._completion.usage(self._completion.generation.latest))
+        choices = self._choices[output.request_id]
         if len(output.outputs) == 1:
             answer = output.outputs[0]
-            event = choices[first + answer.index].choice(output, answer)
-            return chunk(event, tail) if event else b""
+            event = choices[answer.index].choice(output, answer)
+            return self._template.chunk(event, self._tail) if event else b""
         # One choice to an event: many a client looks at choices[0] alone.
-        events = [choices[first + each.index].choice(output, each) for each in output.outputs]
-        return b"".join([chunk(event, tail) for event in events if event])
+        events = [choices[each.index].choice(output, each) for each in output.outputs]
+        return b"".join([self._template.chunk(event, self._tail) for event in events if event])
 
     def ending(self) -> bytes:
         """See ``sse.Events``."""
         completion, wants_metrics = self._completion, self._completion.request.include_metrics
-        log_answer(completion.generation, [each.logged for each in self._choices])
-        tail = b',"usage":' + encode(completion.usage(self._newest.values())) if self._wants_usage else b""
+        log_answer(completion.generation, [each.logged for choices in self._choices.values() for each in choices])
+        latest = completion.generation.latest
+        tail = b',"usage":' + encode(completion.usage(latest)) if self._wants_usage else b""
         if wants_metrics or (self._wants_usage and wants_metrics is not False):
-            tail += b',"metrics":' + encode(metrics_of(list(self._newest.values())))
+            tail += b',"metrics":' + encode(metrics_of(latest))
         return self._template.chunk(b"", tail) if tail else b""

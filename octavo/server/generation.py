@@ -76,9 +76,8 @@ class Generation:
     _ticket: Ticket | None = None
     _stream: OutputStream[RequestOutput] | None = None
     _patience: asyncio.Task[None] | None = None
-    _index: dict[str, int] = field(default_factory=dict[str, int])
-    """Engine id to the place of its prompt."""
     _last: dict[str, RequestOutput] = field(default_factory=dict[str, RequestOutput])
+    """The newest output of each prompt, by engine id."""
     _reasons: list[str] = field(default_factory=list[str])
     _error: BaseException | None = None
     _is_open: bool = False
@@ -100,8 +99,12 @@ class Generation:
         self.request_id, self._engine_ids = self.service.open_requests.open(
             self.request_id, self.tenant, self.num_streams
         )
-        self._index = {engine_id: index for index, engine_id in enumerate(self._engine_ids)}
         self._is_open = True
+
+    @property
+    def engine_ids(self) -> Sequence[str]:
+        """Under which the engine knows the prompts, in their order; there are none before ``admit``."""
+        return self._engine_ids
 
     @property
     def num_streams(self) -> int:
@@ -132,16 +135,10 @@ class Generation:
             self.close()
 
     async def _collect(self) -> list[RequestOutput]:
-        finished: dict[int, RequestOutput] = {}
         await self.start()
         while self.num_open:
-            for output in await self.next():
-                finished[self.index_of(output)] = output
-        return [finished[index] for index in range(len(self.prompts))]
-
-    def index_of(self, output: RequestOutput) -> int:
-        """Which prompt an output belongs to."""
-        return self._index[output.request_id]
+            await self.next()
+        return [self._last[engine_id] for engine_id in self._engine_ids]
 
     async def start(self) -> None:
         """Give the prompts to the engine. ``close`` must follow, whatever happens.
@@ -163,7 +160,7 @@ class Generation:
         return 0 if self._stream is None else self._stream.num_open
 
     async def next(self) -> list[RequestOutput]:
-        """What is new, at most one output per prompt; ``index_of`` tells whose each is. Cancelling loses nothing.
+        """What is new, at most one output per prompt. Cancelling loses nothing.
 
         Raises:
             OctavoError: A prompt was refused, or the engine has ended.
@@ -243,7 +240,12 @@ class Generation:
             for answer in output.outputs:
                 if answer.finish_reason is not None:
                     self._reasons.append(answer.finish_reason)
-        return self.num_open == 0
+        return self._started.num_open == 0
+
+    @property
+    def latest(self) -> list[RequestOutput]:
+        """The newest output of each prompt of which anything has come."""
+        return list(self._last.values())
 
     def close(self, error: BaseException | None = None) -> None:
         """End what still runs, give back what ``admit`` took, and tell the observers. May be called twice.
@@ -263,7 +265,7 @@ class Generation:
         if self._ticket is not None:
             self._ticket.close()
         num_answers = len(self.prompts) * self.params.n
-        lasts = list(self._last.values())
+        lasts = self.latest
         record = RequestRecord(
             request_id=self.request_id,
             route=self.route,
