@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,10 +12,14 @@ from starlette.responses import Response
 from octavo.errors import InvalidRequestError, OctavoError
 from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import SamplingParams
-from octavo.server.generation import Generation
+from octavo.server.generation import Generation, num_tokens_of
+from octavo.server.service import Service
 from octavo.server.sse import encode
 
 logger = logging.getLogger(__name__)
+INLINE_TOKENS, INLINE_TABLES = 65_536, 512
+"""Tokens of prompts and answers, without and with log-probabilities; answers to more are made in a thread."""
+Make = Callable[[], dict[str, Any]]
 
 
 class AnswerFailedError(OctavoError):
@@ -49,6 +53,27 @@ def head(generation: Generation, kind: str) -> dict[str, Any]:
 def json_answer(content: dict[str, Any]) -> Response:
     """A whole answer."""
     return Response(encode(content), media_type="application/json")
+
+
+async def whole_answer(
+    service: Service, params: SamplingParams, outputs: Sequence[RequestOutput], make: Make
+) -> Response:
+    """A whole answer, made beside the event loop where it is long: a table of log-probabilities takes microseconds for
+    each token, and evaluations ask for those of all tokens of many prompts.
+
+    Args:
+        service: Whose threads to use.
+        params: What was asked for.
+        outputs: What is shown.
+        make: Its content.
+    """
+
+    def run() -> Response:
+        return json_answer(make())
+
+    has_tables = params.logprobs is not None or params.prompt_logprobs is not None
+    num_tokens = sum(len(output.prompt_token_ids or ()) + num_tokens_of(output) for output in outputs)
+    return await service.in_thread(run) if num_tokens > (INLINE_TABLES if has_tables else INLINE_TOKENS) else run()
 
 
 def check_outputs(outputs: Sequence[RequestOutput], params: SamplingParams) -> None:

@@ -15,7 +15,7 @@ from octavo.errors import InvalidRequestError
 from octavo.frontend.reasoning import ReasoningFormat, ReasoningParser, SplitText, find_format
 from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
-from octavo.server.answers import check_answer, check_outputs, head, json_answer, log_answer
+from octavo.server.answers import check_answer, check_outputs, head, log_answer, whole_answer
 from octavo.server.beams import beams_of, generation_of
 from octavo.server.body import checked_beside, read_json
 from octavo.server.chat_prompt import chat_options, last_text, render
@@ -91,7 +91,8 @@ def make_router(service: Service) -> APIRouter:
         if not chat.request.stream:
             outputs: list[RequestOutput] = await unless_gone(request.receive, chat.generation.collect())
             check_outputs(outputs, chat.generation.params)
-            return json_answer(_answer(chat, outputs[0]))
+            make = functools.partial(_answer, chat, outputs[0])
+            return await whole_answer(service, chat.generation.params, outputs, make)
         return EventStream(
             _ChatEvents(chat),
             chat.generation,

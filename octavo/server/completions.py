@@ -15,7 +15,7 @@ from octavo.errors import InvalidRequestError
 from octavo.frontend.input_processor import Prompt
 from octavo.outputs import CompletionOutput, PromptLogprobs, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
-from octavo.server.answers import check_answer, check_outputs, head, json_answer, log_answer
+from octavo.server.answers import check_answer, check_outputs, head, log_answer, whole_answer
 from octavo.server.beams import beams_of, generation_of
 from octavo.server.body import checked_beside, read_json
 from octavo.server.generation import (
@@ -82,7 +82,8 @@ def make_router(service: Service) -> APIRouter:
         if not completion.request.stream:
             outputs: list[RequestOutput] = await unless_gone(request.receive, completion.generation.collect())
             check_outputs(outputs, completion.generation.params)
-            return json_answer(_answer(completion, outputs))
+            make = functools.partial(_answer, completion, outputs)
+            return await whole_answer(service, completion.generation.params, outputs, make)
         return EventStream(
             _CompletionEvents(completion),
             completion.generation,

@@ -34,7 +34,7 @@ def make_router(service: Service) -> APIRouter:
         """Token ids of a text or of a rendered conversation."""
         body = await read_json(request)
         refuse_unsupported(body, SHARED_TOKENS)
-        fields = check_body(TokenizeRequest, body)
+        fields = await checked_beside(request, functools.partial(check_body, TokenizeRequest, body))
         check_model(service, fields.model)
         if (fields.prompt is None) == (fields.messages is None):
             raise InvalidRequestError("give either prompt or messages", param="prompt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,6 +11,7 @@ import httpx
 import pytest
 from openai.types import Completion
 
+from octavo.server import answers
 from tests.server.conftest import CONTEXT, Server
 
 ROUTE = "/v1/completions"
@@ -147,6 +149,24 @@ def test_a_search_can_be_aborted_and_leaves_nothing(server: Server, client: http
     choices = searching.result().json()["choices"]
     assert {choice["finish_reason"] for choice in choices} == {"abort"}
     assert server.service.open_requests.engine_ids("cmpl-beams") == []
+
+
+def test_long_tables_are_made_beside_the_event_loop(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation asks for the logprobs of all tokens of many prompts: others must not wait for their JSON."""
+    makers = set[int]()
+    make = answers.json_answer
+
+    def noted(content: dict[str, Any]) -> Any:
+        makers.add(threading.get_ident())
+        return make(content)
+
+    monkeypatch.setattr(answers, "json_answer", noted)
+    fields = {"max_tokens": 1, "logprobs": 1, "echo": True}
+    few = ask(client, prompt=[[7] * 100], **fields)["choices"]
+    (loop,) = makers
+    many = ask(client, prompt=[[7] * 100] * 6, **fields)["choices"]
+    assert len(makers - {loop}) == 1
+    assert len(many) == 6 and {each["text"] for each in many} == {few[0]["text"]}
 
 
 def test_prompt_logprobs(client: httpx.Client) -> None:
