@@ -134,6 +134,7 @@ class BeamGeneration(Generation):
         self._stream = stream = await self.service.need_engine.open_stream(
             reads, self.beams.step, ids, priority=self.priority, tenant=self.tenant
         )
+        await self.end_if_aborted()
         found: dict[str, RequestOutput] = {}
         while stream.num_open:
             found.update({output.request_id: output for output in await stream.get()})

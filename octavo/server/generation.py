@@ -153,6 +153,12 @@ class Generation:
             self.prompts, self.params, self._engine_ids, priority=self.priority, tenant=self.tenant
         )
         self._patience = self._limit_queueing(engine)
+        await self.end_if_aborted()
+
+    async def end_if_aborted(self) -> None:
+        """Whoever aborted the request before the engine had it could not tell the engine."""
+        if self.service.open_requests.is_aborted(self.request_id):
+            await self.service.need_engine.abort(self._engine_ids)
 
     @property
     def num_open(self) -> int:

@@ -18,12 +18,25 @@ class OpenRequests:
 
     def __init__(self) -> None:
         self._engine_ids: dict[str, tuple[str, list[str]]] = {}
+        self._aborted: set[str] = set()
         self._next = itertools.count()
 
     def engine_ids(self, request_id: str, tenant: str | None = None) -> list[str]:
         """The engine's ids of a request; empty when it does not run, or is not that tenant's."""
         owner, ids = self._engine_ids.get(request_id, ("", []))
         return ids if tenant is None or owner == tenant else []
+
+    def abort(self, request_id: str, tenant: str | None = None) -> list[str]:
+        """Note that a request is to end, and return the engine's ids of it, to be ended there. Whoever was about to give
+        it to the engine asks ``is_aborted`` afterwards."""
+        ids = self.engine_ids(request_id, tenant)
+        if ids:
+            self._aborted.add(request_id)
+        return ids
+
+    def is_aborted(self, shown: str) -> bool:
+        """Whether ``abort`` was called for a request that runs."""
+        return shown in self._aborted
 
     def open(self, request_id: str, tenant: str, num_prompts: int) -> tuple[str, list[str]]:
         """Take a request in.
@@ -41,3 +54,4 @@ class OpenRequests:
     def close(self, shown: str) -> None:
         """It is over."""
         self._engine_ids.pop(shown, None)
+        self._aborted.discard(shown)

@@ -61,7 +61,7 @@ async def _abort(service: Service, request: Request, request_ids: list[str]) -> 
     Nobody finds another tenant's. Returns those that ran."""
     tenant = tenant_of(request)
     owner = None if tenant == DEFAULT_TENANT else tenant
-    engine, find = service.need_engine, service.open_requests.engine_ids
+    engine, find = service.need_engine, service.open_requests.abort
     found = {each: ids for each in request_ids if (ids := _first(find(name, owner) for name in names_of(each)))}
     await engine.abort([engine_id for ids in found.values() for engine_id in ids])
     missing = [each for each in request_ids if each not in found]

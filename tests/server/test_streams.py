@@ -194,6 +194,22 @@ def test_abort_by_id(server: Server) -> None:
         assert client.post("/abort_requests", json={"request_ids": ["nobody"]}).json() == {"aborted": []}
 
 
+def test_an_abort_counts_that_comes_before_the_engine_has_the_request(
+    server: Server, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Any = server.service.need_engine
+    open_stream = engine.open_stream
+
+    async def late(*args: Any, **options: Any) -> Any:
+        assert (await asyncio.to_thread(client.post, "/v1/requests/early/abort")).status_code == 200
+        return await open_stream(*args, **options)
+
+    monkeypatch.setattr(engine, "open_stream", late)
+    for more in ({}, {"n": 2, "temperature": 1}, {"n": 2, "use_beam_search": True}):
+        answer = client.post("/v1/completions", json={**LONG, **more}, headers={"X-Request-Id": "early"}).json()
+        assert {choice["finish_reason"] for choice in answer["choices"]} == {"abort"}, more
+
+
 def test_a_deadline_has_an_error_of_its_own(client: httpx.Client) -> None:
     late = client.post("/v1/completions", json={**LONG, "timeout_ms": 1})
     assert (late.status_code, late.json()["error"]["code"]) == (408, "request_timeout")
