@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from octavo.config.args import EngineArgs
     from octavo.engine.async_llm import AsyncLLM
     from octavo.frontend.beam_search import BeamSearchOutput, BeamSearchParams
+    from octavo.frontend.input_processor import TextPrompt, TokensPrompt
     from octavo.llm import LLM
     from octavo.outputs import CompletionOutput, Logprob, RequestOutput
     from octavo.pooling_outputs import (
@@ -41,6 +42,8 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "ScoringRequestOutput",
+    "TextPrompt",
+    "TokensPrompt",
 ]
 
 _MODULES = {
@@ -60,6 +63,8 @@ _MODULES = {
     "RequestOutput": "octavo.outputs",
     "RequestOutputKind": "octavo.sampling_params",
     "SamplingParams": "octavo.sampling_params",
+    "TextPrompt": "octavo.frontend.input_processor",
+    "TokensPrompt": "octavo.frontend.input_processor",
 }
 
 

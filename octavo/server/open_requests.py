@@ -27,8 +27,8 @@ class OpenRequests:
         return ids if tenant is None or owner == tenant else []
 
     def abort(self, request_id: str, tenant: str | None = None) -> list[str]:
-        """Note that a request is to end, and return the engine's ids of it, to be ended there. Whoever was about to give
-        it to the engine asks ``is_aborted`` afterwards."""
+        """Note that a request is to end, and return the engine's ids of it, to be ended there. Whoever was about to
+        give it to the engine asks ``is_aborted`` afterwards."""
         ids = self.engine_ids(request_id, tenant)
         if ids:
             self._aborted.add(request_id)
