@@ -3,14 +3,15 @@
     python benchmarks/gpu/profile_step.py OUT [--model FOLDER] [--batches 1,16,64,256] [--context 512] [--prefill 2048]
 
 Drives a Worker with plans made by hand: no scheduler, no frontend, dummy weights. Without ``--model`` it takes the
-shape of Qwen3-0.6B. Writes ``steps.jsonl`` (times) and ``kernels-*.txt`` (torch profiler) to OUT, and tells what it
-does.
+shape of Qwen3-0.6B. Writes ``steps.jsonl`` (times), ``kernels-*.txt`` (torch profiler), ``*.timeline`` and
+``*.shares`` (what each kernel adds to a step) to OUT, and tells what it does.
 Runs on a CPU as well (``--device cpu``), which is how the script itself is tested.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import sys
@@ -162,16 +163,32 @@ def profile(path: Path, run, device: str) -> None:
     path.write_text(averages.table(sort_by=key, row_limit=60, max_name_column_width=90))
     if device == "cuda":
         found = [
-            {"name": e.name, "start_us": e.time_range.start, "us": e.time_range.elapsed_us()}
+            {"name": e.name, "start_us": e.time_range.start, "end_us": e.time_range.end}
             for e in recorded.events()
             if str(e.device_type).endswith("CUDA")
         ]
-        found.sort(key=lambda e: e["start_us"])
+        found.sort(key=lambda e: e["end_us"])
         lines = "\n".join(
-            f"{e['start_us'] - found[0]['start_us']:12.1f} {e['us']:9.1f} {e['name'][:110]}" for e in found
+            f"{e['start_us'] - found[0]['start_us']:12.1f} {e['end_us'] - e['start_us']:9.1f} {e['name'][:110]}"
+            for e in found
         )
         path.with_suffix(".timeline").write_text(lines)
+        path.with_suffix(".shares").write_text(shares(found))
     print(f"wrote {path}", flush=True)
+
+
+def shares(kernels: list[dict]) -> str:
+    """What each kernel adds to the chain: from the end of the one before it to its own.
+
+    Durations do not say that: kernels that are launched early wait inside."""
+    added: dict[str, list[float]] = {}
+    for before, kernel in itertools.pairwise(kernels):
+        added.setdefault(kernel["name"][:70], []).append(kernel["end_us"] - before["end_us"])
+    rows = sorted(added.items(), key=lambda row: -sum(row[1]))
+    return "\n".join(
+        f"{sum(each):10.1f} us added by {len(each):5d} launches, median {median(each):8.2f}: {name}"
+        for name, each in rows
+    )
 
 
 def main() -> None:
