@@ -37,6 +37,8 @@ from octavo.sampling_params import RequestOutputKind, SamplingParams
 logger = logging.getLogger(__name__)
 LONG_PROMPT_CHARS = 4096
 """A longer prompt is tokenized in a thread, so that it does not hold up the event loop."""
+LONG_PROMPT_IDS = 16_384
+"""The same of one that is token ids, each of which is looked at."""
 PROMPTS_AT_A_TIME = 16
 """Of a request with many prompts, how many are checked before others get their turn."""
 PUMP_SLICE_S = 1.0
@@ -320,8 +322,11 @@ class AsyncLLM:
     async def _process(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None, options: dict[str, Any]
     ) -> ProcessedRequest:
-        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-        if isinstance(text, str) and len(text) > LONG_PROMPT_CHARS:
+        text, ids = prompt, prompt
+        if isinstance(prompt, Mapping):
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        is_long = isinstance(text, str) and len(text) > LONG_PROMPT_CHARS
+        if is_long or (isinstance(ids, list) and len(ids) > LONG_PROMPT_IDS):
             return await asyncio.to_thread(self._frontend.process, request_id, prompt, params, **options)
         return self._frontend.process(request_id, prompt, params, **options)
 
