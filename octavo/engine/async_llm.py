@@ -322,7 +322,8 @@ class AsyncLLM:
     async def _process(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None, options: dict[str, Any]
     ) -> ProcessedRequest:
-        text, ids = prompt, prompt
+        text: object = prompt
+        ids: Any = prompt
         if isinstance(prompt, Mapping):
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         is_long = isinstance(text, str) and len(text) > LONG_PROMPT_CHARS
