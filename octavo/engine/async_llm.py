@@ -323,11 +323,11 @@ class AsyncLLM:
         self, request_id: str, prompt: Prompt, params: SamplingParams | None, options: dict[str, Any]
     ) -> ProcessedRequest:
         text: object = prompt
-        ids: Any = prompt
+        ids: object = prompt
         if isinstance(prompt, Mapping):
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         is_long = isinstance(text, str) and len(text) > LONG_PROMPT_CHARS
-        if is_long or (isinstance(ids, list) and len(ids) > LONG_PROMPT_IDS):
+        if is_long or (isinstance(ids, list) and len(cast("list[int]", ids)) > LONG_PROMPT_IDS):
             return await asyncio.to_thread(self._frontend.process, request_id, prompt, params, **options)
         return self._frontend.process(request_id, prompt, params, **options)
 
