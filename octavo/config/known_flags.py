@@ -101,6 +101,10 @@ KNOWN_FLAGS: Mapping[str, KnownFlag] = {
     **_table("limit-mm-per-prompt mm-processor-kwargs", "only text is supported yet"),
     **_table("allowed-local-media-path allowed-media-domains", "only text is supported yet"),
     **_table("cpu-offload-gb kv-offloading-size", "all weights and the KV cache stay on the device", "0", "0.0"),
+    **_table("offload-group-size offload-prefetch-step offload-params", "weights stay on the device", "0"),
+    **_table("offload-num-in-group", "weights stay on the device", "1"),
+    **_table("enable-return-routed-experts", "routing is not reported", takes_value=False),
+    **_table("profiler-config", "use --torch-profiler-dir"),
     **_table(
         "kv-offloading-backend kv-transfer-config kv-events-config", "the KV cache stays on the device of this engine"
     ),
