@@ -78,6 +78,10 @@ class PoolingCall:
                 )
         except TimeoutError:
             raise deadline.error() from None
+        except InvalidRequestError as error:
+            if error.param in ("prompt", "prompt_token_ids") and hasattr(self.fields, "input"):
+                error.param = "input"  # as the client calls it
+            raise
         finally:
             self.service.open_requests.close(self.request_id)
             if ticket is not None:
