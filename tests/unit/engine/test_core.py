@@ -99,6 +99,20 @@ def test_an_aborted_request_is_answered_once_and_unknown_ids_are_ignored() -> No
     assert len(engine.outputs()) <= 3
 
 
+def test_any_frontend_may_end_a_request_and_its_own_hears_of_it() -> None:
+    engine = Engine(num_clients=2)
+    engine.core.put(make_request("a", max_tokens=50, client_index=1))
+    engine.core.put(make_request("b", max_tokens=5, client_index=1))
+    engine.core.run_once(0)
+    engine.core.put(CoreCall(7, "abort_named", [["a", "nobody"], None], client_index=0))
+    engine.work()
+    assert [message for index, message in engine.sent if index == 0 and isinstance(message, CoreResult)] == [
+        CoreResult(7, value=["a"])
+    ]
+    ends = [(each.request_id, each.finish_reason) for each in engine.outputs(1) if each.finish_reason is not None]
+    assert ends == [("a", FinishReason.ABORT), ("b", FinishReason.LENGTH)]
+
+
 def test_calls_are_answered_between_steps_and_a_wrong_one_harms_nobody() -> None:
     engine = Engine()
     for call_id, (method, args) in enumerate(

@@ -175,3 +175,18 @@ def test_nobody_is_preempted_for_a_request_behind_it() -> None:
     driver.finish()
     assert driver.scheduler.snapshot().num_preemptions == 0
     assert len(driver.tokens("second")) == 5
+
+
+def test_requests_are_found_by_the_names_that_clients_know() -> None:
+    driver = Driver()
+    for name in ("a", "a#0", "a#1000001", "a/1#2", "ab", "b#0/x"):
+        driver.add(name, 4)
+    driver.add("c", 4, tenant="other")
+    driver.step()  # running or waiting makes no difference
+    find = driver.scheduler.find
+    assert find(["a", "b", "c", "a/1"], None) == {
+        "a": ["a", "a#0", "a#1000001", "a/1#2"], "a/1": ["a/1#2"], "c": ["c"],
+    }  # fmt: skip
+    assert find(["a", "c"], "other") == {"c": ["c"]}
+    driver.finish()
+    assert find(["a", "c"], None) == {}
