@@ -32,6 +32,15 @@ class Fields:
         """The error to raise about field ``name``."""
         return CheckpointError(self.file, f"{self.where}{name} {reason}")
 
+    def _missing(self, name: str) -> CheckpointError:
+        if not self.is_foreign:
+            return self.error(name, "is missing")
+        family = f"{self.values.get('model_type')!r:.60}"
+        return self.error(
+            name,
+            f"is missing: {family} is no family that Octavo knows, nor is this the config of a usual language model",
+        )
+
     def get(self, name: str) -> Any:
         """The field, or the family's default when it is absent; None for null."""
         return self.values[name] if name in self.values else self.defaults.get(name)
@@ -49,7 +58,7 @@ class Fields:
         """An integer in ``[low, high]`` that has to be there."""
         value = self.optional_integer(name, low, high)
         if value is None:
-            raise self.error(name, "is missing")
+            raise self._missing(name)
         return value
 
     def number(self, name: str, default: float | None, *, low: float, high: float = MAX_NUMBER) -> float:
@@ -57,7 +66,7 @@ class Fields:
         value = self.get(name)
         if value is None:
             if default is None:
-                raise self.error(name, "is missing")
+                raise self._missing(name)
             return default
         # NaN fails every comparison, and Python compares an integer of any size with a float exactly.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
