@@ -171,10 +171,11 @@ class Mailroom:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._lock = threading.Lock()
-        self._taken = threading.Condition(self._lock)
+        self._told = threading.Condition(self._lock)
+        self._is_told = True
+        """Whether all readers have been told of all that was posted,"""
         self.told_s = 0.0
-        """``time.monotonic()`` when last all readers had been told of all that was posted."""
-        self._is_awaited = False
+        """and when (``time.monotonic()``) that was so last."""
         self._mail: list[Mail] = []
         self._untold: deque[OutputStream[Any]] = deque()
         """Streams that hold what their readers have not been told of."""
@@ -188,6 +189,7 @@ class Mailroom:
         with self._lock:
             is_first = not self._mail
             self._mail += mail
+            self._is_told = False
         if is_first:
             self.loop.call_soon_threadsafe(self._deliver)
 
@@ -197,12 +199,9 @@ class Mailroom:
         Args:
             timeout_s: At most so long.
         """
-        if self._mail or self._untold:  # a look without the lock: most often there is nothing to wait for
-            with self._taken:
-                if self._mail or self._untold:
-                    self._is_awaited = True
-                    self._taken.wait(timeout_s)
-                    self._is_awaited = False
+        if not self._is_told:  # a look without the lock: most often there is nothing to wait for
+            with self._told:
+                self._told.wait_for(lambda: self._is_told, timeout_s)
 
     def _deliver(self) -> None:
         with self._lock:
@@ -220,7 +219,7 @@ class Mailroom:
             if self._untold:
                 self.loop.call_soon(self._tell)
             else:
-                self.told_s = time.monotonic()
-                with self._taken:  # not before: who waits looks under the lock whether this has happened
-                    if self._is_awaited and not self._mail:
-                        self._taken.notify_all()
+                with self._told:
+                    if not self._mail:
+                        self._is_told, self.told_s = True, time.monotonic()
+                        self._told.notify_all()

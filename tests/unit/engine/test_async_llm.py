@@ -183,7 +183,7 @@ def test_shutdown_tells_the_readers(run_with: RunWith) -> None:
 
 
 class EndlessEngine:
-    """An engine that always has another token for every request."""
+    """An engine that has another token for every request whenever it is asked, after a moment."""
 
     ready = READY
 
@@ -202,6 +202,7 @@ class EndlessEngine:
     def recv(self, timeout_s: float | None) -> EngineCoreOutputs | None:
         if not self.has_work.wait(timeout_s):
             return None
+        time.sleep(0.0005)
         self.num_steps += 1
         return EngineCoreOutputs([EngineCoreOutput(each, [self.num_steps - 1]) for each in self.request_ids])
 
@@ -215,7 +216,7 @@ def test_a_process_that_is_behind_rests_and_shows_several_tokens_at_once() -> No
     """Red when it writes each token by itself although it has time for nothing else, or loses one as it joins them."""
 
     class Laborious:
-        """A reader that needs five milliseconds for whatever it is told."""
+        """A reader that needs ten milliseconds for whatever it is told."""
 
         def __init__(self) -> None:
             self.calls: list[tuple[float, float]] = []
@@ -225,7 +226,7 @@ def test_a_process_that_is_behind_rests_and_shows_several_tokens_at_once() -> No
         def outputs_came(self, outputs: Sequence[RequestOutput]) -> None:
             begun_s = time.monotonic()
             self.pieces.append(outputs[0].outputs[0].token_ids)
-            time.sleep(0.005)
+            time.sleep(0.01)
             self.calls.append((begun_s, time.monotonic()))
             if len(self.calls) == 20:
                 self.has_enough.set()
@@ -245,7 +246,7 @@ def test_a_process_that_is_behind_rests_and_shows_several_tokens_at_once() -> No
         # The median, for a machine that is busy with other things may be too late for a rest.
         assert statistics.median(map(len, reader.pieces)) > 1
         rests = [(next_s - told_s) / (told_s - begun_s) for (begun_s, told_s), (next_s, _) in pairwise(reader.calls)]
-        assert statistics.median(rests) > 0.5
+        assert statistics.median(rests) > 0.25
 
     asyncio.run(main())
 
