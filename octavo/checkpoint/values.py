@@ -38,7 +38,7 @@ class Fields:
         family = f"{self.values.get('model_type')!r:.60}"
         return self.error(
             name,
-            f"is missing: {family} is no family that Octavo knows, nor is this the config of a usual language model",
+            f"is missing: {family} is no family that Octavo knows, nor is this a usual language model's config",
         )
 
     def get(self, name: str) -> Any:
