@@ -8,7 +8,7 @@ fired. Text is made in ``detokenizer.py``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -395,9 +395,7 @@ class OutputProcessor:
             if answer.finish_reason is not None:
                 del answers[output.request_id]
                 request.num_unfinished -= 1
-        if self._observer is not None:
-            for gap_s, count in gaps.items():
-                self._observer.later_tokens(gap_s, count)
+        self._note_gaps(gaps)
         return ProcessedOutputs(self._shown(touched), abort_ids)
 
     def _shown(self, touched: Sequence[_Request]) -> list[RequestOutput]:
@@ -419,3 +417,9 @@ class OutputProcessor:
             stats.first_token_latency = time.time() - stats.arrival_time
             if self._observer is not None:
                 self._observer.first_token(stats.first_token_latency)
+
+    def _note_gaps(self, gaps: Mapping[float, int]) -> None:
+        """Count tokens by the seconds that they came after the one before them."""
+        if self._observer is not None:
+            for gap_s, count in gaps.items():
+                self._observer.later_tokens(gap_s, count)
