@@ -382,3 +382,29 @@ def test_an_interval_shows_several_tokens_at_once(
     starts = (0, 1, 4, 7) if kind is DELTA else (0, 0, 0, 0)
     assert shown == [ids[start:end] for start, end in zip(starts, ends, strict=True)]
     assert len(ids) == 8
+
+
+def test_tokens_that_come_together_share_the_time_since_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+    model_config: ModelConfig,
+    frontend_config: FrontendConfig,
+    byte_level: Tokenizer,
+) -> None:
+    """Red when four tokens after a second count as one gap, or as one of a second and three of nothing."""
+    gaps: list[tuple[float, int]] = []
+
+    class Observer:
+        def first_token(self, latency_s: float, /) -> None: ...
+        def finished(self, *_: Any) -> None: ...
+
+        def later_tokens(self, gap_s: float, count: int, /) -> None:
+            gaps.append((gap_s, count))
+
+    outputs = OutputProcessor(byte_level, Observer())
+    for request_id in ("a", "b"):
+        inputs = InputProcessor(model_config, frontend_config, 256, byte_level)
+        outputs.register(inputs.process(request_id, "the", SamplingParams(max_tokens=100)))
+    for now_s, ids in ((10.0, [5]), (11.0, [5, 6, 7, 8])):
+        monkeypatch.setattr(time, "monotonic", lambda now_s=now_s: now_s)
+        outputs.process([EngineCoreOutput("a", ids), EngineCoreOutput("b", ids)])
+    assert gaps == [(0.25, 8)]
