@@ -47,7 +47,7 @@ class EngineApp:
         if failures:
             raise failures[0]
         service = Service(config=ServerConfig())
-        service.engine = self._engine
+        service.engine = self._engine.llm
         self._app = build_app(service)
 
     @property

@@ -192,7 +192,7 @@ def _as_it_lies(placement: Placement, stack: Stack, name: str, tensor: Tensor) -
         return stack
     rows, columns = len(stack.targets) * place.shape[0], place.shape[1]
     orders = {(rows, columns): False, (columns, rows): True} if rows != columns else {}
-    return replace(stack, is_transposed=orders.get(tuple(tensor.shape[1:]), stack.is_transposed))
+    return replace(stack, is_transposed=orders.get((tensor.shape[1], tensor.shape[2]), stack.is_transposed))
 
 
 def _place_stack(
