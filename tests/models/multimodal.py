@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
 CLASSES: Mapping[str, str] = {
@@ -148,7 +149,7 @@ def _parameters_without_storage() -> Iterator[None]:
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
-        with transformers.initialization.no_init_weights():
+        with no_init_weights():
             yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
