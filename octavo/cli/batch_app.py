@@ -58,7 +58,7 @@ class EngineApp:
     @property
     def max_concurrency(self) -> int:
         """The rows of the engine, and half as many waiting: admission never stands still for want of a row."""
-        scheduler = self._engine.ready.config.scheduler
+        scheduler = self._engine.llm.ready.config.scheduler
         return max(1, min(scheduler.max_num_seqs * 3 // 2, scheduler.max_num_queued_reqs))
 
     def close(self) -> None:

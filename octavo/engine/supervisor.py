@@ -1,4 +1,4 @@
-"""EngineSupervisor: an AsyncLLM that is there before its engine is, and that outlives it.
+"""EngineSupervisor: there before the engine of its AsyncLLM is, and outlives every one.
 
 The engine process is started in the background, started again when it ends, and ended when it hangs; requests that
 were open go on. What is left for users to see is a state, a sentence, and numbers. How replaying works is in
@@ -12,7 +12,7 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,20 +22,10 @@ from octavo.engine.blame import RestartPolicy
 from octavo.engine.client import EngineClient, ZmqClient
 from octavo.engine.frontend import assemble
 from octavo.engine.launch import BUILD, LaunchListener, OnStarting, launch_engine
-from octavo.engine.output_stream import OutputStream
 from octavo.engine.replay import Launch, ReplayingClient
 from octavo.engine.watchdog import Watchdog, WatchSettings, end_group
 from octavo.errors import EngineDeadError, EngineRestartingError, OctavoError
-from octavo.frontend.chat_template import ChatOptions
-from octavo.frontend.input_processor import Prompt, TokensPrompt
-from octavo.frontend.tokenizer import Tokenizer
-from octavo.messages import EngineReady, RequestTimeline
-from octavo.observability.metrics import Metric
-from octavo.observability.request_stats import RequestStats
-from octavo.outputs import RequestOutput
-from octavo.pooling_outputs import PoolingRequestOutput
-from octavo.pooling_params import PoolingParams
-from octavo.sampling_params import SamplingParams
+from octavo.messages import EngineReady
 from octavo.utils.logging import with_detail
 
 logger = logging.getLogger(__name__)
@@ -85,7 +75,7 @@ class SupervisorOptions:
 
 
 class EngineSupervisor:
-    """An engine for asyncio that comes back. ``start`` it, then use it like an ``AsyncLLM``.
+    """An engine for asyncio that comes back. ``start`` it; its ``llm`` serves.
 
     Args:
         launch: Starts one engine process and waits until it takes requests.
@@ -183,11 +173,11 @@ class EngineSupervisor:
         client = None if self._client is None else self._client.client
         return client.process.pid if isinstance(client, ZmqClient) else None
 
-    # -------------------------------------------------------------------------------------------- as AsyncLLM, all
+    # ------------------------------------------------------------------------------------------------ who serves
 
     @property
     def llm(self) -> AsyncLLM:
-        """What does the work.
+        """What does the work, from the first start on: an engine's end in between is a pause.
 
         Raises:
             EngineRestartingError: It is loading for the first time.
@@ -200,112 +190,9 @@ class EngineSupervisor:
         return self._llm
 
     @property
-    def ready(self) -> EngineReady:
-        """What the last engine found when it started."""
-        return self.llm.ready
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """See ``AsyncLLM.tokenizer``."""
-        return self.llm.tokenizer
-
-    @property
-    def default_sampling_params(self) -> SamplingParams:
-        """See ``AsyncLLM.default_sampling_params``."""
-        return self.llm.default_sampling_params
-
-    @property
     def errored(self) -> bool:
         """Whether there will be no engine any more, and nobody wanted that."""
         return self._failure is not None or (self._llm is not None and self._llm.errored)
-
-    @property
-    def is_running(self) -> bool:
-        """Whether requests are taken; they may have to wait for a restart."""
-        return self._llm is not None and self._llm.is_running
-
-    def generate(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        request_id: str | None = None,
-        *,
-        priority: int = 0,
-        tenant: str = "default",
-        lora_request: object = None,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """See ``AsyncLLM.generate``. An engine's end in between is a pause."""
-        return self.llm.generate(
-            prompt, sampling_params, request_id, priority=priority, tenant=tenant, lora_request=lora_request
-        )
-
-    async def open_stream(
-        self,
-        prompts: Sequence[Prompt],
-        sampling_params: SamplingParams | None,
-        request_ids: Sequence[str],
-        *,
-        priority: int = 0,
-        tenant: str = "default",
-    ) -> OutputStream[RequestOutput]:
-        """See ``AsyncLLM.open_stream``."""
-        return await self.llm.open_stream(prompts, sampling_params, request_ids, priority=priority, tenant=tenant)
-
-    async def abort(self, request_id: str | list[str], *, only_if_waiting: bool = False) -> None:
-        """See ``AsyncLLM.abort``."""
-        await self.llm.abort(request_id, only_if_waiting=only_if_waiting)
-
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None) -> TokensPrompt:
-        """See ``AsyncLLM.chat_prompt``."""
-        return self.llm.chat_prompt(messages, options)
-
-    def tokenize_prompt(self, text: str, *, add_special_tokens: bool = True, keep: int | None = None) -> TokensPrompt:
-        """See ``AsyncLLM.tokenize_prompt``."""
-        return self.llm.tokenize_prompt(text, add_special_tokens=add_special_tokens, keep=keep)
-
-    async def reset_prefix_cache(self) -> bool:
-        """See ``AsyncLLM.reset_prefix_cache``."""
-        return await self.llm.reset_prefix_cache()
-
-    async def get_metrics(self) -> list[Metric]:
-        """See ``AsyncLLM.get_metrics``. Counters go on over restarts."""
-        return await self.llm.get_metrics()
-
-    def latest_metrics(self, stats: RequestStats | None = None) -> list[Metric]:
-        """See ``AsyncLLM.latest_metrics``."""
-        return self.llm.latest_metrics(stats)
-
-    @property
-    def request_stats(self) -> RequestStats | None:
-        """See ``AsyncLLM.request_stats``."""
-        return self.llm.request_stats
-
-    async def timeline(self, request_id: str) -> list[RequestTimeline]:
-        """See ``AsyncLLM.timeline``. A history begins anew with each engine."""
-        return await self.llm.timeline(request_id)
-
-    async def encode(
-        self,
-        prompt: object,
-        pooling_params: PoolingParams | None = None,
-        request_id: str | None = None,
-        *,
-        task: str = "encode",
-        priority: int = 0,
-        tenant: str = "default",
-    ) -> PoolingRequestOutput:
-        """See ``AsyncLLM.encode``."""
-        return await self.llm.encode(prompt, pooling_params, request_id, task=task, priority=priority, tenant=tenant)
-
-    async def check_health(self) -> None:
-        """See ``AsyncLLM.check_health``."""
-        await self.llm.check_health()
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else an ``AsyncLLM`` can do."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.llm, name)
 
     # ----------------------------------------------------------------------------------------------------- the end
 

@@ -38,7 +38,7 @@ def supervise(
     admission = Admission()
 
     def on_ready() -> None:
-        admission.limits = limits_for(supervisor.ready.config.scheduler, count)
+        admission.limits = limits_for(supervisor.llm.ready.config.scheduler, count)
         service.engine = supervisor.llm  # outlives every engine process
         logger.info("Application startup complete.")  # scripts wait for this line
 

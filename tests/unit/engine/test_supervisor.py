@@ -64,7 +64,7 @@ def params(max_tokens: int = 4, n: int = 1) -> SamplingParams:
 
 
 async def tokens(supervisor: EngineSupervisor, prompt: list[int], max_tokens: int, **more: Any) -> list[int]:
-    outputs: list[RequestOutput] = [each async for each in supervisor.generate(prompt, params(max_tokens), **more)]
+    outputs: list[RequestOutput] = [each async for each in supervisor.llm.generate(prompt, params(max_tokens), **more)]
     assert outputs[-1].finished
     return [token for output in outputs for token in output.outputs[0].token_ids]
 
@@ -80,7 +80,7 @@ def test_open_streams_go_on_where_a_killed_engine_left_them() -> None:
     async def work(supervisor: EngineSupervisor) -> None:
         assert supervisor.state is EngineState.LOADING
         with pytest.raises(EngineRestartingError, match="still loading"):
-            _ = supervisor.ready
+            _ = supervisor.llm.ready
         await is_ready(supervisor)
         streams = [asyncio.create_task(tokens(supervisor, [1, index], 150)) for index in range(20)]
         await until(lambda: supervisor.num_open == 20, "all begun")
@@ -89,7 +89,7 @@ def test_open_streams_go_on_where_a_killed_engine_left_them() -> None:
         await until(lambda: supervisor.state is EngineState.RESTARTING, "noticed")
         late = asyncio.create_task(tokens(supervisor, [1], 3))
         with pytest.raises(EngineRestartingError):
-            await supervisor.check_health()
+            await supervisor.llm.check_health()
         for stream in [*streams, late]:
             wanted = 3 if stream is late else 150
             assert await stream == list(range(wanted - 1, -1, -1))
@@ -106,7 +106,7 @@ def test_answers_of_several_are_replayed_each() -> None:
         await is_ready(supervisor)
         found: dict[int, list[int]] = {0: [], 1: [], 2: []}
         has_killed = False
-        async for output in supervisor.generate([1], params(40, n=3)):
+        async for output in supervisor.llm.generate([1], params(40, n=3)):
             for answer in output.outputs:
                 found[answer.index] += answer.token_ids
             if not has_killed and len(found[0]) >= 10:
@@ -177,7 +177,7 @@ def test_a_start_that_fails_is_told() -> None:
         await until(lambda: supervisor.state is EngineState.FAILED, "failed")
         assert isinstance(supervisor.failure, ConfigError) and heard == [supervisor.failure]
         with pytest.raises(EngineDeadError, match="max_model_len is too large"):
-            await supervisor.check_health()
+            await supervisor.llm.check_health()
 
     run(work, FakeArgs(error="config"), on_failed=heard.append)
 
@@ -227,7 +227,7 @@ def test_aborts_during_a_restart_are_answered_at_once() -> None:
         await asyncio.sleep(0.05)
         kill(supervisor)
         await until(lambda: supervisor.state is EngineState.RESTARTING, "noticed")
-        await supervisor.abort("mine")
+        await supervisor.llm.abort("mine")
         await stream
         assert supervisor.num_open == 0
 
