@@ -76,22 +76,24 @@ class BeamSearchParams(msgspec.Struct, frozen=True):
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def check_engine(self, logprobs_mode: str, max_logprobs: int, vocab_size: int) -> None:
-        """Whether an engine of these settings can search so.
+    def check_engine(
+        self, logprobs_mode: str, max_logprobs: int, vocab_size: int, *, width: str = "beam_width"
+    ) -> None:
+        """Whether an engine of these settings can search so; ``width`` is what the user calls ``beam_width``.
 
         Raises:
             InvalidRequestError: It cannot; ``param`` names the field.
         """
         if max_logprobs != -1 and self.num_candidates > max_logprobs:
             raise InvalidRequestError(
-                f"beam_width is {self.beam_width}, but needs twice as many logprobs, of which {max_logprobs} are "
+                f"{width} is {self.beam_width}, but needs twice as many logprobs, of which {max_logprobs} are "
                 "allowed; raise --max-logprobs for more",
-                param="beam_width",
+                param=width,
             )
         if self.num_candidates > vocab_size:
             raise InvalidRequestError(
-                f"beam_width is {self.beam_width}, but must be at most half of the vocabulary ({vocab_size})",
-                param="beam_width",
+                f"{width} is {self.beam_width}, but must be at most half of the vocabulary ({vocab_size})",
+                param=width,
             )
         if not logprobs_mode.endswith("logprobs"):
             raise InvalidRequestError(

@@ -65,11 +65,8 @@ def beams_of(service: Service, fields: GenerationRequest, max_tokens: int | None
         length_penalty=1.0 if fields.length_penalty is None else fields.length_penalty,
         include_stop_str_in_output=bool(fields.include_stop_str_in_output),
     )
-    try:
-        params.check_engine(config.frontend.logprobs_mode, config.frontend.max_logprobs, config.model.vocab_size)
-    except InvalidRequestError as error:
-        error.param = "n" if error.param == "beam_width" else error.param
-        raise
+    frontend = config.frontend
+    params.check_engine(frontend.logprobs_mode, frontend.max_logprobs, config.model.vocab_size, width="n")
     return params
 
 

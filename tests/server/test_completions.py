@@ -243,6 +243,11 @@ def test_a_wrong_field_is_named(client: httpx.Client, fields: dict[str, Any], pa
     assert (response.status_code, error["param"], error["code"]) == (400, param, code), error
 
 
+def test_the_width_of_a_beam_search_is_called_as_the_client_calls_it(client: httpx.Client) -> None:
+    error = client.post(ROUTE, json=body(use_beam_search=True, n=11)).json()["error"]
+    assert error["message"].startswith("n is 11, ")
+
+
 @pytest.mark.parametrize(
     ("raw", "status", "code"),
     [
