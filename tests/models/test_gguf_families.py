@@ -236,36 +236,31 @@ def test_bert_equals_the_checkpoint_it_was_made_of(tmp_path: Path) -> None:
 
 def test_xlm_roberta_embeds_as_the_checkpoint_it_was_made_of(tmp_path: Path) -> None:
     """A BERT without the positions that XLM-RoBERTa never uses, and with one kind of text: BGE-M3 is stored so."""
-    folder, path = tmp_path / "hf", tmp_path / "m.gguf"
     torch.manual_seed(0)
     config = XLMRobertaConfig(
         vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
         max_position_embeddings=66, type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_token_id=2,
         initializer_range=0.3,
     )  # fmt: skip
-    model = XLMRobertaModel(config, add_pooling_layer=False).eval()
-    model.save_pretrained(folder)
-    write_hf_gguf(model, folder, path)
-    _check_embedding(path, model)
+    _check_embedding(tmp_path, XLMRobertaModel(config, add_pooling_layer=False).eval())
 
 
 def test_modern_bert_embeds_as_the_checkpoint_it_was_made_of(tmp_path: Path) -> None:
     """Local and global layers with bases of their own; the first token's vector, as the header says."""
-    folder, path = tmp_path / "hf", tmp_path / "m.gguf"
     torch.manual_seed(0)
     config = ModernBertConfig(
         vocab_size=60, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48,
         max_position_embeddings=64, local_attention=8, global_attn_every_n_layers=2, pad_token_id=0, bos_token_id=1,
         eos_token_id=2, cls_token_id=1, sep_token_id=2, initializer_range=0.3,
     )  # fmt: skip
-    model = ModernBertModel(config).eval()
+    _check_embedding(tmp_path, ModernBertModel(config).eval())
+
+
+def _check_embedding(tmp_path: Path, model: PreTrainedModel) -> None:
+    """Of the first token, as the header says, from a file made of the model's checkpoint."""
+    folder, path = tmp_path / "hf", tmp_path / "m.gguf"
     model.save_pretrained(folder)
     write_hf_gguf(model, folder, path)
-    _check_embedding(path, model)
-
-
-def _check_embedding(path: Path, model: PreTrainedModel) -> None:
-    """Of the first token, as the header says."""
     prompt = [3 + (7 * i) % 50 for i in range(40)]
     with LLM(str(path), dtype="float32", num_threads=1, skip_tokenizer_init=True, in_process=True) as llm:
         (output,) = llm.embed([{"prompt_token_ids": prompt}], use_tqdm=False)
